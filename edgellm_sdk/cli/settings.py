@@ -1,0 +1,112 @@
+"""The settings of every verb, declared as plugins declare their options: help text and bounds live here only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from edgellm_sdk.config import opt
+
+MODEL = "HF folder, run folder, GGUF file, hub id, or the alias smollm2-135m"
+DATA = "JSONL or CSV file, folder with train/valid/test files, or the built-in sms-spam"
+SEED = "every random draw is a function of it"
+RESUME = "continue a stopped run; it ends in the same bytes"
+DRY_RUN = "check everything and print the plan, compute nothing"
+TASK_PROMPT = "question asked about each text of labelled data, with {text} and, if wanted, {labels}"
+BALANCE = "use as many examples of every label as the rarest has"
+
+
+@dataclass(frozen=True)
+class Finetune:
+    plugin: str = opt("", "the method; `edgellm plugins list` shows what there is")
+    model: str = opt("", MODEL)
+    data: str = opt("", DATA)
+    output: str = opt("", "run folder to write")
+    clients: int = opt(1, "clients the data is dealt to; 1 is plain fine-tuning", ge=1, le=1_000_000)
+    rounds: int = opt(0, "federated rounds; 0 leaves the default of 100", ge=0)
+    clients_per_round: int = opt(0, "clients sampled each round; 0 takes all", ge=0)
+    partition: str = opt("iid", "how the data is dealt: iid, dirichlet:ALPHA, label:K or user")
+    seed: int = opt(0, SEED, ge=0)
+    device: str = opt("cpu", "where torch computes: cpu or cuda")
+    aggregate: str = opt("", "another plugin that aggregates, for a method that leaves it open")
+    balance: bool = opt(False, BALANCE)
+    task_prompt: str = opt("", TASK_PROMPT)
+    resume: bool = opt(False, RESUME)
+    dry_run: bool = opt(False, DRY_RUN)
+    quorum: float = opt(0.5, "share of a round's clients that must answer", ge=1e-6, le=1)
+    memory: int = opt(0, "budget for what a method may keep in memory; 0 sets none", unit="MB", ge=0)
+    watch: int = opt(10, "measure on held-out data every so many rounds; 0 never", unit="rounds", ge=0)
+
+
+@dataclass(frozen=True)
+class Aggregate:
+    plugin: str = opt("", "the rule that combines them")
+    output: str = opt("", "folder to write")
+
+
+@dataclass(frozen=True)
+class Compress:
+    plugin: str = opt("", "the method; `edgellm plugins list` shows what there is")
+    model: str = opt("", MODEL)
+    output: str = opt("", "run folder to write")
+    data: str = opt("", "calibration data; empty uses what the model was tuned on, if that is known")
+    task_prompt: str = opt("", TASK_PROMPT)
+    seed: int = opt(0, SEED, ge=0)
+    resume: bool = opt(False, RESUME)
+    dry_run: bool = opt(False, DRY_RUN)
+
+
+@dataclass(frozen=True)
+class Export:
+    plugin: str = opt("", "the file format")
+    model: str = opt("", MODEL)
+    output: str = opt("", "file to write")
+    data: str = opt("", "data whose prompts the gate compares on; empty uses what the model was tuned on, if known")
+    gate: bool = opt(True, "run the written file and refuse it if it does not behave like the model")
+    seed: int = opt(0, SEED, ge=0)
+    dry_run: bool = opt(False, DRY_RUN)
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    data: str = opt("", DATA)
+    output: str = opt("", "folder for the report; empty writes none")
+    device: str = opt("", "backend plugin that runs it; empty chooses by format")
+    split: str = opt("test", "part of the data", choices=("train", "valid", "test"))
+    limit: int = opt(0, "use this many examples at most; 0 uses all", unit="examples", ge=0)
+    balance: bool = opt(False, BALANCE)
+    seed: int = opt(0, SEED, ge=0)
+
+
+@dataclass(frozen=True)
+class Deploy:
+    prompt: str = opt("", "text to answer; without it, standard input or a chat on the terminal")
+    device: str = opt("", "backend plugin that runs it; empty chooses by format")
+    system: str = opt("", "system message put before the prompt")
+    raw: bool = opt(False, "continue the prompt as plain text, without the model's chat template")
+    max_tokens: int = opt(128, "longest answer", unit="tokens", ge=1, le=1_000_000)
+    temperature: float = opt(0.0, "0 always takes the likeliest token", ge=0, le=10)
+    seed: int = opt(0, SEED, ge=0)
+
+
+@dataclass(frozen=True)
+class Run:
+    output: str = opt("", "folder that gets one run folder for each step")
+    resume: bool = opt(False, RESUME)
+
+
+@dataclass(frozen=True)
+class Demo:
+    output: str = opt("runs/demo", "folder to write")
+    resume: bool = opt(False, RESUME)
+
+
+@dataclass(frozen=True)
+class NewPlugin:
+    stage: str = opt("finetune", "what the method does", choices=("finetune", "aggregate", "compress", "export"))
+    output: str = opt("", "folder to create; empty means one named like the plugin, here")
+
+
+@dataclass(frozen=True)
+class DataInfo:
+    split: str = opt("train", "part of the data", choices=("train", "valid", "test"))
+    task_prompt: str = opt("", TASK_PROMPT)

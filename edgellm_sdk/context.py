@@ -1,0 +1,107 @@
+"""What a hook may touch besides its arguments: everything stateful passes through here."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from edgellm_sdk.random import Stream
+
+if TYPE_CHECKING:
+    from edgellm_sdk.types import Arrays
+
+Kept = TypeVar("Kept")
+
+
+class Progress:
+    """One progress bar. Without a terminal nothing is drawn."""
+
+    def __init__(self, advance: Callable[[float, str], None]) -> None:
+        self._advance = advance
+
+    def advance(self, amount: float = 1, text: str = "") -> None:
+        self._advance(amount, text)
+
+
+@dataclass
+class Context:
+    """`folder` is where this step writes, `memory` a budget in bytes, `deadline` a `time.monotonic()` value, `rounds`
+    the number planned. A hook is given its own plugin's config; a wrapper finds its own under its name in `configs`.
+    """
+
+    folder: Path
+    seed: int = 0
+    device: str = "cpu"
+    threads: int = field(default_factory=lambda: os.cpu_count() or 1)
+    memory: int | None = None
+    deadline: float | None = None
+    quiet: bool = True
+    rounds: int = 1
+    configs: dict[str, Any] = field(default_factory=dict)
+    curves: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    started: float = field(default_factory=time.monotonic)
+    _kept: dict[str, Any] = field(default_factory=dict)
+
+    def stream(self, name: str, index: int = 0) -> Stream:
+        """The random stream `name`, `index` of this run: a pure function of the run's seed."""
+        return Stream(self.seed, name, index)
+
+    def keep(self, name: str, make: Callable[[], Kept]) -> Kept:
+        """`make()` once per process, then the same object: for loaded models and caches that can be rebuilt."""
+        if name not in self._kept:
+            self._kept[name] = make()
+        return self._kept[name]  # type: ignore[no-any-return]
+
+    def drop(self, name: str) -> None:
+        """Forget what `keep` holds under `name`."""
+        self._kept.pop(name, None)
+
+    def kept(self, prefix: str) -> Iterator[tuple[str, Any]]:
+        """What `keep` holds under names with this prefix."""
+        yield from ((name, value) for name, value in self._kept.items() if name.startswith(prefix))
+
+    def curve(self, name: str, x: float, y: float) -> None:
+        """One point of a curve for the report's page. Names read `y over x`, e.g. `loss over forwards`."""
+        self.curves.setdefault(name, []).append((x, y))
+
+    def note(self, text: str) -> None:
+        """A line for the report and, when not quiet, for the terminal."""
+        self.notes.append(text)
+        if not self.quiet:
+            from edgellm_sdk.cli.screen import console
+
+            console().print(text, markup=False, highlight=False)
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since this step began."""
+        return time.monotonic() - self.started
+
+    @contextmanager
+    def progress(self, title: str, total: float | None) -> Iterator[Progress]:
+        """A progress bar around a block of work of `total` units."""
+        if self.quiet:
+            yield Progress(lambda amount, text: None)
+            return
+        from edgellm_sdk.cli.screen import progress_bar
+
+        with progress_bar(title, total) as advance:
+            yield Progress(advance)
+
+    def checkpoint(self, name: str, arrays: Arrays, scalars: Mapping[str, Any]) -> None:
+        """Save resumable work atomically under `folder / "checkpoint"`; replaces the last one of that name."""
+        from edgellm_sdk.store import save_arrays
+
+        save_arrays(self.folder / "checkpoint" / f"{name}.safetensors", arrays, scalars)
+
+    def resume(self, name: str) -> tuple[dict[str, Any], dict[str, Any]] | None:
+        """(arrays, scalars) of the last checkpoint of that name, or None when there is none that is whole."""
+        from edgellm_sdk.store import try_load_arrays
+
+        return try_load_arrays(self.folder / "checkpoint" / f"{name}.safetensors")

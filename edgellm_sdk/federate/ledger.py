@@ -1,0 +1,76 @@
+"""What crossed the wire, per client and round: an append-only file, fsynced before the next round starts."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from edgellm_sdk.store import storage_error, write_bytes
+
+
+@dataclass(frozen=True)
+class Line:
+    """One client in one round. Sizes are bytes of whole messages; `*_payload` leaves the framing out."""
+
+    client: str
+    down: int
+    down_payload: int
+    up: int
+    up_payload: int
+    rejected: str = ""
+
+
+class Ledger:
+    """`ledger.jsonl` in a run folder: one line per client, round and attempt."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def keep_until(self, round: int) -> None:
+        """Drop lines of later rounds: a killed run may have logged a round whose state never reached the disk."""
+        if self.path.exists():
+            kept = [line for line in self._rows() if line["round"] <= round]
+            write_bytes(self.path, b"".join(_encode(line) for line in kept))
+
+    def add(self, round: int, attempt: int, lines: Iterable[Line], seconds: float) -> None:
+        rows = [{"round": round, "attempt": attempt, "seconds": round_(seconds), **asdict(line)} for line in lines]
+        try:
+            with self.path.open("ab") as file:
+                file.write(b"".join(_encode(row) for row in rows))
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise storage_error(error, self.path) from error
+
+    def _rows(self) -> Iterator[dict[str, Any]]:
+        with self.path.open("rb") as file:
+            for raw in file:
+                if raw.endswith(b"\n"):  # a line cut by a crash has none
+                    yield json.loads(raw)
+
+    def rows(self) -> list[dict[str, Any]]:
+        return list(self._rows()) if self.path.exists() else []
+
+    def totals(self) -> dict[str, dict[str, int]]:
+        """Bytes and rounds by client: {client: {down, up, down_payload, up_payload, rounds, rejected}}."""
+        totals: dict[str, dict[str, int]] = {}
+        for row in self.rows():
+            names = ("down", "up", "down_payload", "up_payload")
+            entry = totals.setdefault(row["client"], dict.fromkeys((*names, "rounds", "rejected"), 0))
+            for name in names:
+                entry[name] += row[name]
+            entry["rounds"] += 1
+            entry["rejected"] += bool(row["rejected"])
+        return totals
+
+
+def round_(seconds: float) -> float:
+    return int(seconds * 1e4) / 1e4
+
+
+def _encode(row: dict[str, Any]) -> bytes:
+    return json.dumps(row, sort_keys=True, separators=(",", ":")).encode() + b"\n"

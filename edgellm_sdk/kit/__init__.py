@@ -1,0 +1,1 @@
+"""What method authors build with. Everything here may import torch."""

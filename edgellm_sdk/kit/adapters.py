@@ -1,0 +1,366 @@
+"""Small sets of trainable tensors on a frozen model, and the folders they are saved in.
+
+`install` puts them into a live model for methods that evaluate many candidate values: every tensor carries a leading
+probe dimension, so P candidates share one forward of the frozen weights (inputs of P * batch rows, probe-major).
+Gradient-free methods need that and nothing else; methods that back-propagate use peft's own layers instead.
+
+On disk an adapter is a folder with `edgellm_adapter.json` (its kind) and safetensors. LoRA kinds are plain PEFT
+adapters beside that, so peft, transformers and the GGUF exporter read them.
+
+| kind    | trainable                                                   | mergeable |
+|---------|-------------------------------------------------------------|-----------|
+| lora    | A (r, d_in), B (d_out, r) of each target, arXiv 2106.09685   | yes       |
+| lora-fa | B alone, A frozen at its random start, arXiv 2308.03303      | yes       |
+| adapter | bottleneck after the FFN, Pfeiffer style, arXiv 2005.00247   | no        |
+| norm    | biases; norm gains where a model has none (after 2106.10199) | yes       |
+| layers  | every linear weight of the chosen layers                     | yes       |
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from edgellm_sdk import store
+from edgellm_sdk.errors import ConfigError, ModelError
+from edgellm_sdk.random import Stream
+from edgellm_sdk.types import Array, Arrays, Float32
+
+KINDS = ("lora", "lora-fa", "adapter", "norm", "layers")
+MARK = "edgellm_adapter.json"
+WEIGHTS = "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Which tensors train. `layers` counts from the top, 0 means all; `targets` are module name endings."""
+
+    kind: str = "lora"
+    layers: int = 4
+    rank: int = 8
+    alpha: float = 16.0
+    targets: tuple[str, ...] = ("q_proj", "v_proj")
+    reduction: int = 16
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+
+class _Probed(nn.Module):
+    """A frozen module with trainable slots; `slots[name]` is (P, *shape) float32."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+        self.slots: dict[str, Tensor] = {}
+
+
+def _by_probe(x: Tensor, probes: int) -> Tensor:
+    """(P * batch, ..., d) seen as (P, batch * ..., d)."""
+    return x.reshape(probes, -1, x.shape[-1])
+
+
+class _LoRALinear(_Probed):
+    def __init__(self, base: nn.Module, scale: float) -> None:
+        super().__init__(base)
+        self.scale = scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.base(x)
+        a, b = self.slots["lora_A"], self.slots["lora_B"]
+        low = _by_probe(x, len(b)).float() @ a.mT
+        return y + ((low @ b.mT) * self.scale).to(y.dtype).view(y.shape)
+
+
+class _FullLinear(_Probed):
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.slots["weight"], getattr(self.base, "bias", None)
+        y = (_by_probe(x, len(weight)) @ weight.to(x.dtype).mT).view(*x.shape[:-1], -1)
+        return y if bias is None else y + bias
+
+
+class _Biased(_Probed):
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.base(x)
+        shift = self.slots["bias"] - self.base.bias.float()  # type: ignore[operator]
+        return (_by_probe(y, len(shift)) + shift[:, None].to(y.dtype)).view(y.shape)
+
+
+class _Norm(_Probed):
+    """RMSNorm whose gain is the slot: normalise with the gain divided out."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        gain = self.slots["weight"]
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.base.variance_epsilon)  # type: ignore[operator]
+        return (_by_probe(wide, len(gain)) * gain[:, None]).to(x.dtype).view(x.shape)
+
+
+class Bottleneck(_Probed):
+    """`h + up(relu(down(h)))` on the output h of the FFN (Pfeiffer)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h: Tensor = self.base(x)
+        down, up = self.slots["down"], self.slots["up"]
+        low = F.relu(_by_probe(h, len(down)).float() @ down.mT + self.slots["down_bias"][:, None])
+        return h + (low @ up.mT + self.slots["up_bias"][:, None]).to(h.dtype).view(h.shape)
+
+
+def decoder_layers(model: Any) -> nn.ModuleList:
+    """The decoder blocks of a causal language model, in order. ModelError for an unknown layout."""
+    layers = getattr(getattr(model, "model", None), "layers", None)
+    if not isinstance(layers, nn.ModuleList):
+        raise ModelError(f"{type(model).__name__} has no list of decoder layers", fix="use a Llama-type model")
+    return layers
+
+
+class Trainables:
+    """The trainable tensors of one model. `initial` maps name -> (shape) float32; `frozen` what they rest on."""
+
+    def __init__(self, spec: Spec, lowest: int) -> None:
+        self.spec, self.lowest = spec, lowest
+        self.initial: dict[str, Float32] = {}
+        self.frozen: dict[str, Float32] = {}
+        self._places: dict[str, tuple[_Probed, str]] = {}
+
+    @property
+    def names(self) -> list[str]:
+        return sorted(self.initial)
+
+    @property
+    def size(self) -> int:
+        """How many scalars train: d."""
+        return sum(array.size for array in self.initial.values())
+
+    def add(self, name: str, probed: _Probed, slot: str, value: Float32, train: bool = True) -> None:
+        (self.initial if train else self.frozen)[name] = value
+        self._places[name] = (probed, slot)
+        probed.slots[slot] = torch.from_numpy(value.copy())[None]
+
+    def set(self, values: Mapping[str, Tensor]) -> None:
+        """Use these values, each (P, *shape) float32, from the next forward on. All must have one P."""
+        if values.keys() != self.initial.keys():
+            raise ValueError(f"expected tensors {self.names}")
+        probes = {len(value) for value in values.values()}
+        if len(probes) != 1:
+            raise ValueError("every tensor needs the same number of probes")
+        for name, value in values.items():
+            probed, slot = self._places[name]
+            probed.slots[slot] = value
+        for name, array in self.frozen.items():
+            probed, slot = self._places[name]
+            probed.slots[slot] = torch.from_numpy(array)[None]
+
+    def set_one(self, values: Arrays) -> None:
+        """Use one set of values, each of its own shape."""
+        self.set({name: torch.from_numpy(np.array(value, dtype=np.float32))[None] for name, value in values.items()})
+
+
+def install(model: Any, spec: Spec, stream: Stream) -> Trainables:
+    """Put a spec's trainable tensors into `model` (in place). Random starts come from `stream`, in name order.
+
+    ConfigError when the model has nothing the spec names.
+    """
+    layers = decoder_layers(model)
+    if spec.layers > len(layers):
+        raise ConfigError(f"layers: {spec.layers} asked for, the model has {len(layers)}")
+    lowest = len(layers) - (spec.layers or len(layers))
+    trainables = Trainables(spec, lowest)
+    for index in range(lowest, len(layers)):
+        prefix = f"model.layers.{index}."
+        _install_layer(layers[index], prefix, trainables, stream)
+    if not trainables.initial:
+        raise ConfigError(f"no module ends in {', '.join(spec.targets)}", "targets")
+    return trainables
+
+
+def _replace(root: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, leaf = path.rpartition(".")
+    setattr(root.get_submodule(parent), leaf, module)
+
+
+def _float(tensor: Any) -> Float32:
+    return np.ascontiguousarray(tensor.detach().float().cpu().numpy())
+
+
+def _install_layer(layer: nn.Module, prefix: str, out: Trainables, stream: Stream) -> None:
+    spec = out.spec
+    linears = [(path, m) for path, m in layer.named_modules() if isinstance(m, nn.Linear)]
+    if spec.kind in ("lora", "lora-fa"):
+        for path, linear in linears:
+            if path.endswith(spec.targets):
+                module = _LoRALinear(linear, spec.scale)
+                bound = 1 / math.sqrt(linear.in_features)  # kaiming-uniform with a = sqrt(5), as peft starts
+                draw = stream.uniform(spec.rank * linear.in_features) * 2 * bound - bound
+                a = draw.astype(np.float32).reshape(spec.rank, linear.in_features)
+                b = np.zeros((linear.out_features, spec.rank), np.float32)
+                out.add(f"{prefix}{path}.lora_A", module, "lora_A", a, train=spec.kind == "lora")
+                out.add(f"{prefix}{path}.lora_B", module, "lora_B", b)
+                _replace(layer, path, module)
+    elif spec.kind == "layers":
+        for path, linear in linears:
+            full = _FullLinear(linear)
+            out.add(f"{prefix}{path}.weight", full, "weight", _float(linear.weight))
+            _replace(layer, path, full)
+    elif spec.kind == "norm":
+        biased = [(path, linear) for path, linear in linears if linear.bias is not None]
+        for path, linear in biased:
+            shifted = _Biased(linear)
+            out.add(f"{prefix}{path}.bias", shifted, "bias", _float(linear.bias))
+            _replace(layer, path, shifted)
+        norms = [(p, m) for p, m in layer.named_children() if hasattr(m, "variance_epsilon") and not biased]
+        for path, norm in norms:
+            gain = _Norm(norm)
+            out.add(f"{prefix}{path}.weight", gain, "weight", _float(norm.weight))
+            _replace(layer, path, gain)
+    else:
+        bottleneck = Bottleneck(layer.get_submodule("mlp"))
+        width = next(m for p, m in linears if p.endswith("down_proj")).out_features
+        inner = max(1, width // spec.reduction)
+        start = (stream.normal(inner * width) * np.float32(1 / math.sqrt(width))).reshape(inner, width)
+        out.add(f"{prefix}mlp.down", bottleneck, "down", start)
+        out.add(f"{prefix}mlp.down_bias", bottleneck, "down_bias", np.zeros(inner, np.float32))
+        out.add(f"{prefix}mlp.up", bottleneck, "up", np.zeros((width, inner), np.float32))
+        out.add(f"{prefix}mlp.up_bias", bottleneck, "up_bias", np.zeros(width, np.float32))
+        _replace(layer, "mlp", bottleneck)
+
+
+def write(folder: Path, trainables: Trainables, values: Arrays, base: Mapping[str, str]) -> None:
+    """Save trained values as an adapter folder on `base` ({path, digest, name}), whole or not at all."""
+    spec = trainables.spec
+    folder.mkdir(parents=True, exist_ok=True)
+    arrays: dict[str, Array] = {**{n: trainables.frozen[n] for n in trainables.frozen}, **values}
+    if spec.kind in ("lora", "lora-fa"):
+        arrays = {f"base_model.model.{name}.weight": array for name, array in arrays.items()}
+        store.write_json(folder / "adapter_config.json", _peft_config(trainables, base["path"]))
+    store.save_arrays(folder / WEIGHTS, arrays, {})
+    store.write_json(folder / MARK, {**asdict(spec), "targets": list(spec.targets)})
+    store.write_json(folder / "base.json", dict(base))
+
+
+def _peft_config(trainables: Trainables, base: str) -> dict[str, Any]:
+    from peft import LoraConfig, TaskType
+
+    spec = trainables.spec
+    modules = sorted({name.rpartition(".lora_")[0] for name in (*trainables.initial, *trainables.frozen)})
+    config = LoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        base_model_name_or_path=base,
+        r=spec.rank,
+        lora_alpha=spec.alpha,
+        target_modules=modules,
+        inference_mode=True,
+    ).to_dict()
+    return {key: sorted(value) if isinstance(value, set) else value for key, value in sorted(config.items())}
+
+
+def kind(folder: Path) -> str:
+    """The kind of a saved adapter; a plain PEFT LoRA folder counts as `lora`. ModelError for anything else."""
+    if (folder / MARK).is_file():
+        found = store.read_json(folder / MARK).get("kind")
+    elif (folder / "adapter_config.json").is_file():
+        found = str(store.read_json(folder / "adapter_config.json").get("peft_type", "")).lower()
+    else:
+        raise ModelError("is no adapter folder", str(folder))
+    if found not in KINDS:
+        raise ModelError(f"adapter kind {found!r} is unknown", str(folder), f"known: {', '.join(KINDS)}")
+    return str(found)
+
+
+@lru_cache(maxsize=8)
+def _arrays(path: Path, stamp: tuple[int, int]) -> dict[str, Array]:
+    return store.load_arrays(path)[0]
+
+
+def arrays(folder: Path) -> dict[str, Array]:
+    """The saved tensors under their names in the model (PEFT's prefix and suffix removed)."""
+    path = folder / WEIGHTS
+    if not path.is_file():
+        raise ModelError("has no adapter_model.safetensors", str(folder))
+    stat = path.stat()
+    raw = _arrays(path, (stat.st_mtime_ns, stat.st_size))
+    prefix = "base_model.model."
+    if any(name.startswith(prefix) for name in raw):
+        return {name.removeprefix(prefix).removesuffix(".weight"): array for name, array in raw.items()}
+    return raw
+
+
+def lora_scale(folder: Path, module: str) -> float:
+    """alpha / r of one module (alpha / sqrt r with rslora), patterns included. ModelError for what cannot merge."""
+    config = store.read_json(folder / "adapter_config.json")
+    if config.get("use_dora") or config.get("modules_to_save") or config.get("bias", "none") != "none":
+        raise ModelError("DoRA, modules_to_save and trained biases cannot be merged here", str(folder), "merge in peft")
+    rank = _patterned(config.get("rank_pattern"), module, config["r"])
+    alpha = _patterned(config.get("alpha_pattern"), module, config["lora_alpha"])
+    return float(alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
+
+
+def _patterned(pattern: Mapping[str, Any] | None, module: str, default: float) -> float:
+    hits = [value for key, value in (pattern or {}).items() if module == key or module.endswith("." + key)]
+    return float(hits[0] if hits else default)
+
+
+def merged(folder: Path, name: str, weight: Float32) -> Float32:
+    """Base tensor `name` (HF name, float32) with the adapter folded in. ModelError for a kind that cannot merge."""
+    what = kind(folder)
+    if what == "adapter":
+        raise ModelError("a bottleneck adapter cannot be merged into the weights", str(folder), "train a LoRA instead")
+    saved = arrays(folder)
+    if what in ("norm", "layers"):
+        return saved.get(name, weight)
+    module = name.removesuffix(".weight")
+    a, b = saved.get(f"{module}.lora_A"), saved.get(f"{module}.lora_B")
+    if a is None or b is None:
+        return weight
+    if (b.shape[0], a.shape[1]) != weight.shape or b.shape[1] != a.shape[0]:
+        raise ModelError(f"LoRA factors {b.shape} x {a.shape} do not fit {name} {weight.shape}", str(folder))
+    product = b.astype(np.float32) @ a.astype(np.float32)
+    return np.asarray(weight + np.float32(lora_scale(folder, module)) * product, dtype=np.float32)
+
+
+def _targets(model: Any, folder: Path) -> Iterator[tuple[str, Tensor]]:
+    saved = arrays(folder)
+    touched = {n.rpartition(".lora_")[0] + ".weight" if ".lora_" in n else n for n in saved}
+    parameters = dict(model.named_parameters())
+    missing = sorted(touched - parameters.keys())
+    if missing:
+        raise ModelError(f"the model has no {missing[0]}", str(folder), "the adapter belongs to another model")
+    yield from ((name, parameters[name]) for name in sorted(touched))
+
+
+def merge(model: Any, folder: Path) -> None:
+    """Fold a saved adapter into a live model, in place; sums in float32."""
+    if kind(folder) == "adapter":
+        merged(folder, "", np.empty(0, np.float32))
+    with torch.no_grad():
+        for name, parameter in _targets(model, folder):
+            parameter.copy_(torch.from_numpy(np.array(merged(folder, name, _float(parameter)))))
+
+
+def apply(model: Any, folder: Path) -> None:
+    """Put a saved adapter onto a live model, in place, unmerged where its kind allows."""
+    what = kind(folder)
+    if what in ("norm", "layers"):
+        merge(model, folder)
+    elif what in ("lora", "lora-fa"):
+        model.load_adapter(str(folder), adapter_name=f"edgellm-{len(getattr(model, 'peft_config', {}))}")
+        model.eval().requires_grad_(False)
+    else:
+        saved = arrays(folder)
+        for index, layer in enumerate(decoder_layers(model)):
+            prefix = f"model.layers.{index}.mlp."
+            if f"{prefix}up" in saved:
+                bottleneck = Bottleneck(layer.get_submodule("mlp"))
+                for slot in ("down", "down_bias", "up", "up_bias"):
+                    bottleneck.slots[slot] = torch.from_numpy(saved[prefix + slot].copy())[None]
+                _replace(layer, "mlp", bottleneck)

@@ -1,0 +1,141 @@
+"""A frozen base with a few trainable tensors, run for its loss only, and never twice over what cannot change.
+
+Layers below the lowest trainable one give the same hidden states for every perturbation and every round, so they are
+computed once per batch and kept, within a memory budget. Of the layers above, all probes share each call, and only the
+positions that the loss reads go through the head.
+
+Batches are padded on the right and causal attention never looks right, so no mask is needed and the valid positions
+are exact. A batch is always made of the same examples: its hidden states have the same bits whenever computed.
+"""
+
+from __future__ import annotations
+
+import types
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from edgellm_sdk.kit import adapters, prompts
+from edgellm_sdk.random import Stream
+from edgellm_sdk.types import Array, Dataset, ModelHandle
+
+
+@dataclass
+class Kept:
+    """One batch as the trainable part needs it: hidden (B, T, H) in the model's dtype and where the loss reads it.
+
+    `rows`, `columns` (N,) index the positions whose next token is scored, `targets` (N,) those tokens.
+    """
+
+    hidden: Tensor
+    calls: list[dict[str, Any]]
+    rows: Tensor
+    columns: Tensor
+    targets: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        return self.hidden.numel() * self.hidden.element_size()
+
+
+class Frozen:
+    """`budget` bounds the kept hidden states, in bytes; `dtype` is that of the base, trainables stay float32."""
+
+    def __init__(
+        self,
+        handle: ModelHandle,
+        spec: adapters.Spec,
+        stream: Stream,
+        dtype: str = "auto",
+        device: str = "cpu",
+        budget: int = 512 << 20,
+        max_length: int = 128,
+    ) -> None:
+        loaded = handle.load(dtype=dtype, device=device)
+        self.model, self.tokenizer = loaded.model, loaded.tokenizer
+        self.trainables = adapters.install(self.model, spec, stream)
+        self.budget, self.max_length = budget, max_length
+        self.device = next(self.model.parameters()).device
+        self._kept: OrderedDict[str, Kept] = OrderedDict()
+        self._bytes = 0
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`, nothing added."""
+        return list(self.tokenizer.encode(text, add_special_tokens=False))
+
+    def batch(self, name: str, make: Callable[[], Dataset]) -> Kept:
+        """The batch called `name`, from memory or computed from `make()` now."""
+        if name in self._kept:
+            self._kept.move_to_end(name)
+            return self._kept[name]
+        kept = self.prepare(prompts.encode(self.tokenizer, make().examples, self.max_length))
+        if kept.nbytes <= self.budget:
+            self._kept[name] = kept
+            self._bytes += kept.nbytes
+            while self._bytes > self.budget:
+                self._bytes -= self._kept.popitem(last=False)[1].nbytes
+        return kept
+
+    def prepare(self, examples: Sequence[prompts.Encoded]) -> Kept:
+        """Run the frozen layers over right-padded `examples`."""
+        tokens = torch.zeros((len(examples), max(len(e.tokens) for e in examples)), dtype=torch.long)
+        rows, columns, targets = [], [], []
+        for row, example in enumerate(examples):
+            tokens[row, : len(example.tokens)] = torch.tensor(example.tokens)
+            for position in range(max(example.start, 1), len(example.tokens)):
+                rows.append(row)
+                columns.append(position - 1)
+                targets.append(example.tokens[position])
+        hidden, calls = self._record(tokens.to(self.device))
+        places = [torch.tensor(values, device=self.device) for values in (rows, columns, targets)]
+        return Kept(hidden, calls, *places)
+
+    @torch.inference_mode()
+    def _record(self, tokens: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
+        """Hidden states entering the lowest trained layer, and the keywords each later layer would be called with."""
+        calls: list[dict[str, Any]] = []
+        seen: list[Tensor] = []
+
+        def stand_in(layer: nn.Module, hidden: Tensor, **keywords: Any) -> Tensor:
+            seen.append(hidden)
+            calls.append(keywords)
+            return hidden
+
+        tail = list(adapters.decoder_layers(self.model))[self.trainables.lowest :]
+        for layer in tail:
+            layer.forward = types.MethodType(stand_in, layer)
+        try:
+            self.model.model(input_ids=tokens, use_cache=False)
+        finally:
+            for layer in tail:
+                del layer.forward
+        return seen[0].clone(), calls
+
+    @torch.inference_mode()
+    def logits(self, kept: Kept, probes: int = 1) -> Tensor:
+        """Next-token logits at the scored positions for each probe now installed: (P, N, vocabulary) float32."""
+        hidden = kept.hidden.repeat(probes, 1, 1) if probes > 1 else kept.hidden
+        tail = list(adapters.decoder_layers(self.model))[self.trainables.lowest :]
+        for layer, keywords in zip(tail, kept.calls, strict=True):
+            out = layer(hidden, **keywords)
+            hidden = out[0] if isinstance(out, tuple) else out
+        by_probe = hidden.view(probes, -1, *hidden.shape[1:])
+        picked = by_probe[:, kept.rows, kept.columns].reshape(-1, hidden.shape[-1])
+        scored = self.model.lm_head(self.model.model.norm(picked)).float()
+        return scored.view(probes, len(kept.targets), -1)
+
+    def losses(self, name: str, make: Callable[[], Dataset], probes: int = 1) -> Array:
+        """Mean cross-entropy over the scored tokens of batch `name`, for each probe now installed: (P,) float64."""
+        kept = self.batch(name, make)
+        logits = self.logits(kept, probes)
+        each = F.cross_entropy(logits.flatten(0, 1), kept.targets.repeat(probes), reduction="none")
+        return each.view(probes, -1).double().mean(1).cpu().numpy()
+
+    def best_share(self, batch: int) -> int:
+        """How many probes to put in one call. Eight rows of text keep two cores busy; more only costs memory."""
+        return max(1, 8 // batch)

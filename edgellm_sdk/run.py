@@ -1,0 +1,143 @@
+"""One typed function per hook: calls the plugins of a run, checks what comes back, names who misbehaved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from edgellm_sdk import registry
+from edgellm_sdk.context import Context
+from edgellm_sdk.errors import EdgeLLMError, PluginError, printable
+from edgellm_sdk.types import (
+    Artifact,
+    Assignment,
+    Dataset,
+    Metric,
+    ModelHandle,
+    Session,
+    State,
+    Update,
+)
+
+Result = TypeVar("Result")
+
+
+class Relay:
+    """The plugins of one step with their configs. For every hook, `config` is that of the plugin that answers."""
+
+    def __init__(self, plugins: Sequence[registry.Loaded], configs: Mapping[str, Any]) -> None:
+        self.plugins = {loaded.plugin.name: loaded for loaded in plugins}
+        self.configs = dict(configs)
+        self._manager = registry.manager(plugins)
+
+    def answers(self, hook: str) -> str | None:
+        """The plugin that is asked first for `hook`, or None when nobody implements it."""
+        implementations = [i for i in getattr(self._manager.hook, hook).get_hookimpls() if not i.wrapper]
+        return implementations[-1].plugin_name if implementations else None
+
+    def _call(self, hook: str, expected: Any, call: Callable[[Any, Any], Any]) -> Any:
+        """The first plugin's answer, an instance of `expected`, or None."""
+        owner = self.answers(hook)
+        if owner is None:
+            return None
+        try:
+            result = call(getattr(self._manager.hook, hook), self.configs.get(owner))
+        except (EdgeLLMError, KeyboardInterrupt):
+            raise
+        except Exception as error:
+            if self.plugins[owner].source.origin == "built-in":
+                raise
+            reason = printable(f"{type(error).__name__}: {error}")[:160]
+            raise PluginError(f"plugin {owner!r} failed: {reason}", hook) from error
+        if result is not None and not isinstance(result, expected):
+            raise PluginError(
+                f"plugin {owner!r} returned {type(result).__name__}, not {expected.__name__}", hook, "tell its author"
+            )
+        return result
+
+    def _need(self, hook: str, result: Result | None) -> Result:
+        if result is None:
+            raise PluginError(f"none of the plugins {', '.join(self.plugins)} handles this", hook)
+        return result
+
+    def initialise(self, model: ModelHandle, ctx: Context) -> State:
+        hook = "edgellm_initialise"
+        state: State | None = self._call(hook, State, lambda call, config: call(model=model, config=config, ctx=ctx))
+        return state if state is not None else State(model.digest, 0, {})
+
+    def assign(
+        self, state: State, clients: Sequence[str], data: Mapping[str, int], ctx: Context
+    ) -> dict[str, Assignment]:
+        hook = "edgellm_assign"
+        given: Mapping[str, Assignment] | None = self._call(
+            hook, Mapping, lambda call, config: call(state=state, clients=clients, data=data, config=config, ctx=ctx)
+        )
+        if given is None:
+            return {c: Assignment(state.base, state.round + 1, c, state.arrays, state.scalars) for c in clients}
+        if set(given) != set(clients) or not all(isinstance(a, Assignment) for a in given.values()):
+            raise PluginError(f"plugin {self.answers(hook)!r} did not assign work to exactly the clients asked", hook)
+        return {client: given[client] for client in clients}
+
+    def finetune(self, model: ModelHandle, data: Dataset, assignment: Assignment, ctx: Context) -> Update:
+        hook = "edgellm_finetune"
+        update: Update | None = self._call(
+            hook,
+            Update,
+            lambda call, config: call(model=model, data=data, assignment=assignment, config=config, ctx=ctx),
+        )
+        return self._need(hook, update)
+
+    def screen(self, updates: Sequence[Update], state: State, ctx: Context) -> dict[str, str]:
+        """Reasons to reject, by client; of several plugins' reasons the first is kept."""
+        rejected: dict[str, str] = {}
+        for reasons in self._manager.hook.edgellm_screen(updates=updates, state=state, ctx=ctx):
+            for client, reason in reasons.items():
+                rejected.setdefault(client, reason)
+        return rejected
+
+    def aggregate(self, state: State, updates: Sequence[Update], ctx: Context) -> State:
+        hook = "edgellm_aggregate"
+        new: State | None = self._call(
+            hook, State, lambda call, config: call(state=state, updates=updates, config=config, ctx=ctx)
+        )
+        return self._need(hook, new)
+
+    def personalise(self, model: ModelHandle, state: State, folder: Path, ctx: Context) -> ModelHandle:
+        hook = "edgellm_personalise"
+        handle: ModelHandle | None = self._call(
+            hook,
+            ModelHandle,
+            lambda call, config: call(model=model, state=state, folder=folder, config=config, ctx=ctx),
+        )
+        return self._need(hook, handle)
+
+    def compress(self, model: ModelHandle, data: Dataset | None, ctx: Context) -> ModelHandle:
+        hook = "edgellm_compress"
+        handle: ModelHandle | None = self._call(
+            hook, ModelHandle, lambda call, config: call(model=model, data=data, config=config, ctx=ctx)
+        )
+        return self._need(hook, handle)
+
+    def export(self, model: ModelHandle, target: Path, ctx: Context) -> Artifact:
+        hook = "edgellm_export"
+        artifact: Artifact | None = self._call(
+            hook, Artifact, lambda call, config: call(model=model, target=target, config=config, ctx=ctx)
+        )
+        return self._need(hook, artifact)
+
+    def deploy(self, subject: ModelHandle | Artifact, device: str, ctx: Context) -> Session:
+        hook = "edgellm_deploy"
+        session: Session | None = self._call(
+            hook, Session, lambda call, config: call(subject=subject, device=device, config=config, ctx=ctx)
+        )
+        return self._need(hook, session)
+
+    def measure(self, subject: Session | State, data: Dataset, ctx: Context) -> dict[str, Metric]:
+        united: dict[str, Metric] = {}
+        for metrics in self._manager.hook.edgellm_measure(subject=subject, data=data, ctx=ctx):
+            united.update(metrics)
+        return united
+
+    def report(self, report: Any, ctx: Context) -> None:
+        self._manager.hook.edgellm_report(report=report, ctx=ctx)

@@ -1,0 +1,138 @@
+"""A recipe: steps in order, each working on what the one before it made.
+
+    seed = 0
+
+    [[step]]
+    verb = "finetune"
+    plugin = "fwdllm"
+    model = "smollm2-135m"
+    data = "sms-spam"
+
+    [[step]]
+    verb = "compress"
+    plugin = "gptq"
+    options = { format = "q4_0" }
+
+A step's keys are the keyword arguments of its verb. `name` is its folder under the output, by default its place and
+verb. Without `model` (for eval: `subject`) a step takes the result of the last step that made one; `@name` takes that
+of a named step. The recipe's `seed` is used by every step that has none.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from edgellm_sdk import config
+from edgellm_sdk.config import nearest
+from edgellm_sdk.errors import ConfigError
+from edgellm_sdk.report import Report
+from edgellm_sdk.steps.delivery import evaluate, export, report_folder
+from edgellm_sdk.steps.step import Outcome
+from edgellm_sdk.steps.training import compress, finetune
+from edgellm_sdk.store import run_folder, write_bytes
+
+VERBS: Mapping[str, Callable[..., Outcome]] = {
+    "finetune": finetune,
+    "compress": compress,
+    "export": export,
+    "eval": evaluate,
+}
+SUBJECT = {"finetune": "model", "compress": "model", "export": "model", "eval": "subject"}
+OURS = {"verb", "name"}
+KINDS: Mapping[str, Any] = {"bool": bool, "int": int, "float": (int, float), "str": str, "str | Path": str}
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The steps of a recipe, every problem found before any of them runs (ConfigError)."""
+    tree = config.read_toml(path)
+    problems = [f"unknown key {key!r}{nearest(key, ('seed', 'step'))}" for key in tree if key not in ("seed", "step")]
+    seed, steps = tree.get("seed", 0), tree.get("step", [])
+    if type(seed) is not int:
+        problems.append("seed: is not a whole number")
+    if not isinstance(steps, list) or not steps or not all(isinstance(step, dict) for step in steps):
+        problems.append("there is no [[step]]")
+        steps = []
+    names: list[str] = []
+    for number, step in enumerate(steps, 1):
+        step.setdefault("seed", seed)
+        name = step.setdefault("name", f"{number}-{step.get('verb', '')}")
+        if not isinstance(name, str) or not name.replace("-", "").replace("_", "").isalnum() or name in names:
+            problems.append(f"step {number}: its name must be new, of letters, digits, - and _")
+        problems += [f"step {number}: {problem}" for problem in _check(step, names)]
+        names.append(str(name))
+    if problems:
+        raise ConfigError("; ".join(problems), str(path), problems=tuple(problems))
+    return steps
+
+
+def _check(step: Mapping[str, Any], earlier: list[str]) -> list[str]:
+    verb = str(step.get("verb", ""))
+    if verb not in VERBS:
+        return [f"verb {verb!r} is not one of {', '.join(VERBS)}{nearest(verb, VERBS)}"]
+    allowed = inspect.signature(VERBS[verb]).parameters
+    hidden = {"quiet", "resume", "dry_run", "output"} if verb != "export" else {"quiet", "resume", "dry_run"}
+    known = [key for key in allowed if key not in hidden]
+    problems = []
+    for key, value in step.items():
+        if key in OURS:
+            continue
+        if key not in known:
+            problems.append(f"unknown key {key!r}{nearest(key, known)}")
+        elif key == "options":
+            if not isinstance(value, dict):
+                problems.append("options is not a table")
+        elif not isinstance(value, KINDS[str(allowed[key].annotation)]) or (
+            isinstance(value, bool) and allowed[key].annotation != "bool"
+        ):
+            problems.append(f"{key}: {value!r} is not {allowed[key].annotation}")
+    subject = step.get(SUBJECT[verb], "")
+    if isinstance(subject, str) and subject.startswith("@") and subject[1:] not in earlier:
+        problems.append(f"{subject!r} names no earlier step{nearest(subject[1:], earlier)}")
+    if not subject and not earlier:
+        problems.append(f"the first step needs {SUBJECT[verb]}")
+    needed = [
+        k for k, p in allowed.items() if p.default is inspect.Parameter.empty and k not in (SUBJECT[verb], "output")
+    ]
+    return problems + [f"needs {key}" for key in needed if key not in step]
+
+
+def run(recipe: str | Path, output: str | Path, *, resume: bool = False, quiet: bool = True) -> list[Outcome]:
+    """Do the steps of `recipe` under `output`; `output/report.html` shows them all. `resume` keeps finished steps."""
+    steps = read(Path(recipe))
+    folder = Path(output)
+    outcomes: dict[str, Outcome] = {}
+    results: dict[str, str] = {}
+    with run_folder(folder):
+        for step in steps:
+            verb, name = step["verb"], step["name"]
+            arguments = {key: value for key, value in step.items() if key not in OURS}
+            subject = arguments.get(SUBJECT[verb], "")
+            latest = next(reversed(results.values()), "")
+            arguments[SUBJECT[verb]] = results[subject[1:]] if subject.startswith("@") else subject or latest
+            where = folder / arguments.get("output", f"{name}.gguf") if verb == "export" else folder / name
+            arguments["output"] = where
+            outcomes[name] = _do(verb, arguments, where, resume, quiet)
+            if verb != "eval":
+                results[name] = str(where)
+        page([outcome.report for outcome in outcomes.values()], folder)
+    return list(outcomes.values())
+
+
+def _do(verb: str, arguments: dict[str, Any], where: Path, resume: bool, quiet: bool) -> Outcome:
+    if verb in ("finetune", "compress"):
+        return VERBS[verb](**arguments, resume=resume, quiet=quiet)
+    reports = report_folder(where) if verb == "export" else where
+    if resume and (reports / "report.json").is_file() and (verb == "eval" or where.is_file()):
+        return Outcome(Report.read(reports), reports)
+    return VERBS[verb](**arguments, quiet=quiet)
+
+
+def page(reports: list[Report], folder: Path) -> Path:
+    """One page over all steps."""
+    from edgellm_sdk.page import render
+
+    write_bytes(folder / "report.html", render(reports).encode())
+    return folder / "report.html"

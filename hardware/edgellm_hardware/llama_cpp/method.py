@@ -1,0 +1,206 @@
+"""A Session on a GGUF file: the strict reader looks at it first, then a guarded child runs it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgellm_hardware.llama_cpp import INSTALL, Config
+from edgellm_hardware.llama_cpp.child import Child
+from edgellm_sdk.errors import ConfigError, DataError, DeviceError, ModelError
+from edgellm_sdk.templates import Renderer
+from edgellm_sdk.types import Artifact, Generation, ModelHandle, Prompt, SessionStats
+
+if TYPE_CHECKING:
+    from edgellm_sdk.context import Context
+    from edgellm_sdk.types import Float32
+
+_WORKER = "edgellm_hardware.llama_cpp.worker"
+_MARGIN = 2 << 30  # address space of Python, numpy, thread stacks and allocator arenas; little of it resident
+_BUDGET_MARGIN = 1 << 30
+
+
+def deploy(subject: ModelHandle | Artifact, config: Config, ctx: Context) -> LlamaSession:
+    """A live session on `subject`, which must be a GGUF file."""
+    from importlib.util import find_spec
+
+    if find_spec("llama_cpp") is None:
+        raise DeviceError("llama-cpp-python is not installed", "", INSTALL)
+    if isinstance(subject, ModelHandle) and subject.format != "gguf":
+        raise ModelError("llama_cpp runs GGUF files", str(subject.path), "edgellm export --plugin gguf makes one")
+    return LlamaSession(subject.path, config, ctx)
+
+
+def adapter_list(text: str) -> list[tuple[Path, float]]:
+    """`a.gguf,b.gguf@0.5` as (absolute path, scale) pairs; ConfigError for a scale that is no finite number."""
+    found = []
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        name, at, number = item.rpartition("@")
+        try:
+            scale = float(number) if at else 1.0
+        except ValueError:
+            raise ConfigError(f"{number!r} is not a scale", f"adapter {item}", "write PATH@SCALE") from None
+        if not abs(scale) < float("inf"):
+            raise ConfigError(f"{number!r} is not a finite scale", f"adapter {item}")
+        found.append((Path(name if at else item).absolute(), scale))
+    return found
+
+
+def physical_cores() -> int:
+    """Physical cores this process may use: hyperthreads slow llama.cpp down."""
+    import psutil
+
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(allowed, psutil.cpu_count(logical=False) or allowed))
+
+
+def address_space(file_bytes: int, vocabulary: int, config: Config, budget: int | None) -> int:
+    """Bytes of RLIMIT_AS: three times the files (map, copy, repacked copy), logits of a batch, cache and a margin.
+
+    A `budget` of resident bytes lowers it to budget + 1 GiB for what is mapped but never touched.
+    """
+    if config.memory:
+        return config.memory << 20
+    logits = 8 * config.batch * vocabulary * 4
+    limit = 3 * file_bytes + logits + config.context * (1 << 19) + _MARGIN
+    return limit if budget is None else min(limit, budget + _BUDGET_MARGIN)
+
+
+def chat_parts(metadata: Mapping[str, Any]) -> tuple[str | None, dict[str, str]]:
+    """(chat template or None, the special tokens it may name as text) of a GGUF file."""
+    tokens, special = metadata.get("tokenizer.ggml.tokens", ()), {}
+    for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+        token = metadata.get(f"tokenizer.ggml.{theirs}_token_id")
+        if isinstance(token, int) and 0 <= token < len(tokens):
+            special[f"{ours}_token"] = str(tokens[token])
+    template = metadata.get("tokenizer.chat_template")
+    return (template if isinstance(template, str) else None), special
+
+
+class LlamaSession:
+    """`Session` over a child process. Every failure is a ModelError, DeviceError or DataError of one line."""
+
+    device = "llama_cpp"
+
+    def __init__(self, path: Path, config: Config, ctx: Context) -> None:
+        from edgellm_sdk.gguf_file import read
+
+        path = path.absolute()
+        adapters = adapter_list(config.adapters)
+        files = [read(path), *(read(adapter) for adapter, _ in adapters)]
+        self._path = path
+        self._renderer: Renderer | None = None
+        self._template, self._special = chat_parts(files[0].metadata)
+        words = len(files[0].metadata.get("tokenizer.ggml.tokens", ())) or 1 << 18
+        size = sum(file.stat().st_size for file in (path, *(adapter for adapter, _ in adapters)))
+        self._child = Child(_WORKER, str(path), config.patience, ctx.deadline)
+        request: dict[str, Any] = {
+            "path": str(path),
+            "context": config.context,
+            "batch": config.batch,
+            "threads": config.threads or min(physical_cores(), ctx.threads),
+            "mmap": config.mmap,
+            "cache": config.cache,
+            "adapters": [[str(adapter), scale] for adapter, scale in adapters],
+            "limit": address_space(size, words, config, ctx.memory),
+        }
+        try:
+            opened = self._child.call(request)
+        except BaseException:
+            self._child.kill()
+            self._child.close()
+            raise
+        self.vocabulary = int(opened["vocabulary"])
+        self.eos = tuple(int(token) for token in opened["eos"])
+        self.context = int(opened["context"])
+
+    def encode(self, text: str) -> list[int]:
+        return self._ids(self._child.call({"do": "encode", "text": text}))
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return str(self._child.call({"do": "decode", "tokens": self._checked(tokens)})["text"])
+
+    def prompt_ids(self, prompt: Prompt) -> list[int]:
+        """Messages go through the file's own template, which runs in a sandbox of its own, not in the worker."""
+        if isinstance(prompt, str):
+            text = prompt
+        elif self._template is None:
+            raise ModelError("has no chat template", str(self._path), "give a plain text prompt")
+        else:
+            if self._renderer is None:
+                self._renderer = Renderer(self._template, self._special)
+            text = self._renderer.render(prompt)
+        return self._ids(self._child.call({"do": "prompt", "text": text}))
+
+    def logits(self, sequences: Sequence[Sequence[int]], first: Sequence[int] | None = None) -> list[Float32]:
+        """As in `Session`. DataError for a sequence that is empty or longer than the context."""
+        import numpy as np
+
+        given = [self._checked(sequence) for sequence in sequences]
+        begins = [len(sequence) - 1 for sequence in given] if first is None else [int(place) for place in first]
+        for sequence, begin in zip(given, begins, strict=True):
+            if not 0 < len(sequence) <= self.context or not 0 <= begin < len(sequence):
+                raise DataError(
+                    f"{len(sequence)} tokens, scored from {begin}, do not fit a context of {self.context}",
+                    fix="set a larger context, or shorten the text",
+                )
+        shapes = [(len(sequence) - begin, self.vocabulary) for sequence, begin in zip(given, begins, strict=True)]
+        parts: list[tuple[dict[str, Any], bytearray]] = []
+        self._child.call({"do": "logits", "sequences": given, "first": begins}, parts)
+        rows: list[list[Float32]] = [[] for _ in given]
+        try:
+            for header, payload in parts:
+                part = np.frombuffer(payload, dtype=np.float32)
+                rows[header["sequence"]].append(part.reshape(header["rows"], self.vocabulary))
+            found = [part[0] if len(part) == 1 else np.concatenate(part) for part in rows]
+        except (ValueError, IndexError, TypeError, KeyError):
+            found = []
+        if [part.shape for part in found] != shapes:
+            self._child.kill()
+            raise DeviceError("the llama.cpp worker gave logits of the wrong shape")
+        return found
+
+    def generate(
+        self, tokens: Sequence[int], max_tokens: int, temperature: float = 0.0, seed: int = 0, stop: Sequence[str] = ()
+    ) -> Generation:
+        """Ids after `tokens` without the id that ended them; text up to the stop string that ended it."""
+        given = self._checked(tokens)
+        if not given:
+            raise DataError("an empty prompt has no continuation")
+        answer = self._child.call(
+            {
+                "do": "generate",
+                "tokens": given,
+                "max_tokens": max_tokens,
+                "temperature": temperature,
+                "seed": seed,
+                "stop": list(stop),
+            }
+        )
+        return Generation(tuple(answer["tokens"]), answer["text"], answer["stop"], answer["seconds"])
+
+    def stats(self) -> SessionStats:
+        return SessionStats(**self._child.call({"do": "stats"}))
+
+    def close(self) -> None:
+        if self._renderer is not None:
+            self._renderer.close()
+        self._child.close()
+
+    @property
+    def pid(self) -> int:
+        """The child's process id."""
+        return self._child.pid
+
+    def _checked(self, tokens: Sequence[int]) -> list[int]:
+        given = [int(token) for token in tokens]
+        bad = next((token for token in given if not 0 <= token < self.vocabulary), None)
+        if bad is not None:
+            raise DataError(f"token {bad} is outside a vocabulary of {self.vocabulary}")
+        return given
+
+    @staticmethod
+    def _ids(answer: Any) -> list[int]:
+        return [int(token) for token in answer["tokens"]]

@@ -1,0 +1,1 @@
+"""Server rules: updates in, next state out."""

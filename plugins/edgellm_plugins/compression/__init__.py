@@ -1,0 +1,1 @@
+"""Smaller models with a measured loss."""

@@ -1,0 +1,116 @@
+"""The folder a quantised model is written to, whole or not at all.
+
+Block formats: the source's `config.json` and tokenizer, `model.safetensors` with what was not quantised in the source's
+own dtypes, `quantized.safetensors` with rows of block bytes and {"format": {tensor: format}}. intN: a standard GPTQ
+checkpoint, `model.safetensors` with qweight, qzeros, scales and g_idx, and `quantization_config` in `config.json`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from edgellm_plugins.compression.gptq import INTEGERS, PLUGIN, Config
+from edgellm_sdk import checkpoint, store
+from edgellm_sdk.config import as_dict
+from edgellm_sdk.errors import ModelError
+from edgellm_sdk.models import resolve
+
+if TYPE_CHECKING:
+    from edgellm_sdk.context import Context
+    from edgellm_sdk.types import Array, Arrays, ModelHandle
+
+
+def refuse_quantised(model: ModelHandle) -> None:
+    """ModelError when there is nothing left to quantise: a GGUF file or a folder that is already compressed."""
+    fix = "compress the model it was made from"
+    if model.format != "hf":
+        raise ModelError("a GGUF file cannot be compressed again", str(model.path), fix)
+    stored = {tensor.stored for tensor in checkpoint.inspect(model.path).tensors.values()}
+    if stored & {*checkpoint.BLOCKS, "gptq"}:
+        raise ModelError("already quantised", str(model.path), fix)
+
+
+def described(config: Config) -> dict[str, Any]:
+    """The options that shape the result; a text file is named without its folder."""
+    values = as_dict(config)
+    return {**values, "calibration_text": Path(values["calibration_text"]).name}
+
+
+def job_key(model: ModelHandle, config: Config, windows: Array) -> str:
+    """Identity of a job, for its checkpoints: the model, the options and every calibration token."""
+    text = json.dumps([model.digest, PLUGIN.version, described(config)], sort_keys=True)
+    return hashlib.sha256(text.encode() + windows.astype("<i8").tobytes()).hexdigest()
+
+
+@contextmanager
+def _replacing(target: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `target` when the block ends."""
+    temp = target.parent / f".{target.name}.{os.getpid()}.tmp"
+    try:
+        shutil.rmtree(temp, ignore_errors=True)
+        temp.mkdir(parents=True)
+        yield temp
+        for path in temp.iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        store.sync_folder(temp)
+        if target.exists():
+            shutil.rmtree(target)
+        temp.replace(target)
+        store.sync_folder(target.parent)
+    except OSError as error:
+        raise store.storage_error(error, target) from error
+    finally:
+        shutil.rmtree(temp, ignore_errors=True)
+
+
+def _kept(source: Path, model: nn.Module, quantised: set[str]) -> dict[str, Tensor]:
+    """The source's tensors that are not quantised, merged values in the dtype each was stored in."""
+    state, kept = model.state_dict(), {}
+    for name, tensor in checkpoint.inspect(source).tensors.items():
+        if name not in quantised:
+            with safe_open(tensor.parts[0].path, framework="pt") as file:
+                stored = file.get_tensor(name)
+            merged = state.get(name, stored)
+            kept[name] = merged.to(stored.dtype).contiguous() if merged.shape == stored.shape else stored
+    return kept
+
+
+def write(source: ModelHandle, model: nn.Module, arrays: Arrays, config: Config, ctx: Context) -> ModelHandle:
+    """Write `ctx.folder / "model"` from the merged float32 `model` and the quantised `arrays`; equal inputs give equal
+    bytes. StorageError when the disk says no."""
+    target = ctx.folder / "model"
+    bits = INTEGERS.get(config.format)
+    replaced = {name if bits is None else f"{name.removesuffix('.qweight')}.weight" for name in arrays}
+    tensors = _kept(source.path, model, replaced)
+    settings = store.read_json(source.path / checkpoint.CONFIG)
+    if bits is not None:
+        tensors.update({name: torch.from_numpy(array) for name, array in arrays.items()})
+        settings["quantization_config"] = {
+            "quant_method": "gptq", "bits": bits, "group_size": config.group_size or -1, "desc_act": config.act_order,
+            "sym": config.symmetric, "damp_percent": config.damping, "true_sequential": config.sequential,
+            "static_groups": False, "lm_head": False, "checkpoint_format": "gptq_v2", "pack_dtype": "int32",
+            "meta": {"quantizer": [f"edgellm:{PLUGIN.version}"]},
+        }  # fmt: skip
+    with _replacing(target) as temp:
+        for name in checkpoint.SIDE_FILES:
+            if name != checkpoint.CONFIG and (source.path / name).is_file():
+                shutil.copyfile(source.path / name, temp / name)
+        save_file(tensors, temp / "model.safetensors", metadata={"format": "pt"})
+        if bits is None:
+            formats = dict.fromkeys(sorted(arrays), config.format)
+            store.save_arrays(temp / checkpoint.QUANTIZED, arrays, {"format": formats})
+        store.write_json(temp / checkpoint.CONFIG, settings)
+    return resolve(str(target))

@@ -1,0 +1,148 @@
+"""Zeroth-order gradient estimation that the methods of this family share.
+
+theta is a mapping name -> float32 array. A direction v has theta's shapes and is addressed by numbers, never stored:
+v[name] = normal(key(pool, name, index)), equal on every platform (`edgellm_sdk.random`). A loss is any function of
+stacked candidate values, so the same code drives torch, a quantised base or an engine that can only infer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from edgellm_sdk import random
+from edgellm_sdk.types import Array, Arrays, Float32
+
+Values: TypeAlias = dict[str, Float32]
+Loss: TypeAlias = Callable[[Mapping[str, Tensor], int], Array]
+"""(values name -> (P, *shape) float32, P) -> (P,) float64 losses."""
+
+
+def direction(shapes: Mapping[str, tuple[int, ...]], pool: int, picks: Mapping[str, int] | int) -> Values:
+    """One direction v ~ N(0, I). `picks` selects the candidate of each tensor, or one candidate for all."""
+    return {
+        name: random.normal(
+            random.key(pool, name, picks if isinstance(picks, int) else picks[name]), math.prod(shape)
+        ).reshape(shape)
+        for name, shape in shapes.items()
+    }
+
+
+def shapes_of(theta: Arrays) -> dict[str, tuple[int, ...]]:
+    return {name: theta[name].shape for name in sorted(theta)}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """`jvp` (n,) float32 directional derivatives, `loss` (n,) float32 losses near theta, `forwards` losses computed."""
+
+    jvp: Float32
+    loss: Float32
+    forwards: int
+
+
+def _stack(theta: Arrays, directions: Sequence[Values], steps: Sequence[float]) -> dict[str, Tensor]:
+    """theta + step_k * v_k for every k: name -> (P, *shape) float32."""
+    stacked = {}
+    for name, value in theta.items():
+        out = np.empty((len(directions), *value.shape), np.float32)
+        for row, v, step in zip(out, directions, steps, strict=True):
+            np.multiply(v[name], np.float32(step), out=row)
+            row += value
+        stacked[name] = torch.from_numpy(out)
+    return stacked
+
+
+def probe(
+    loss: Loss, theta: Arrays, directions: Sequence[Values], h: float, difference: str = "central", share: int = 1
+) -> Estimate:
+    """Directional derivatives of `loss` at theta along each direction.
+
+    central: (f(theta + h v) - f(theta - h v)) / 2h, error O(h^2), 2n forwards;
+    forward: (f(theta + h v) - f(theta)) / h, error O(h), n + 1 forwards.
+    `share` candidates are evaluated in one call.
+    """
+    n = len(directions)
+    if difference == "central":
+        pairs = [d for v in directions for d in (v, v)]
+        values = _evaluate(loss, theta, pairs, [h, -h] * n, share)
+        plus, minus = values[0::2], values[1::2]
+        jvp, near = (plus - minus) / (2 * h), (plus + minus) / 2
+    else:
+        base = _evaluate(loss, theta, directions[:1], [0.0], 1)[0]
+        plus = _evaluate(loss, theta, directions, [h] * n, share)
+        values = np.append(plus, base)
+        jvp, near = (plus - base) / h, (plus + base) / 2
+    return Estimate(jvp.astype(np.float32), near.astype(np.float32), len(values))
+
+
+def _evaluate(loss: Loss, theta: Arrays, directions: Sequence[Values], steps: Sequence[float], share: int) -> Array:
+    found = [
+        loss(_stack(theta, directions[i : i + share], steps[i : i + share]), len(directions[i : i + share]))
+        for i in range(0, len(directions), share)
+    ]
+    return np.concatenate(found)
+
+
+def scaled(v: Values, jvp: float) -> Values:
+    """The forward gradient jvp * v, float32."""
+    return {name: array * np.float32(jvp) for name, array in v.items()}
+
+
+class HalfSums:
+    """Running sums of forward gradients in two halves, float64: the mean, and the variance of that mean.
+
+    With gradients of element variance s^2, N in all, E[variance()] = 2 s^2 / N.
+    """
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self.sums = tuple({name: np.zeros(shape) for name, shape in shapes.items()} for _ in range(2))
+        self.counts = [0, 0]
+
+    def add(self, gradient: Arrays, half: int) -> None:
+        for name, total in self.sums[half].items():
+            total += gradient[name]
+        self.counts[half] += 1
+
+    @property
+    def count(self) -> int:
+        return sum(self.counts)
+
+    def mean(self) -> Values:
+        """The mean of everything added: float32."""
+        return {n: ((self.sums[0][n] + self.sums[1][n]) / self.count).astype(np.float32) for n in self.sums[0]}
+
+    def variance(self, names: Sequence[str] | None = None) -> float:
+        """mean over elements of (m1 - m2)^2 / 2 for the half means m1, m2; infinite while a half is empty."""
+        if min(self.counts) == 0:
+            return math.inf
+        squares, elements = 0.0, 0
+        for name in names or sorted(self.sums[0]):
+            difference = self.sums[0][name] / self.counts[0] - self.sums[1][name] / self.counts[1]
+            squares += float(np.square(difference).sum())
+            elements += difference.size
+        return squares / (2 * elements)
+
+
+def most_aligned(target: Arrays, pool: int, candidates: int, keep: int, absolute: bool = False) -> dict[str, list[int]]:
+    """For each tensor on its own, the `keep` of `candidates` directions of `pool` closest in angle to `target`.
+
+    Best first, by signed cosine, or by its magnitude. A tensor of zeros keeps the first candidates.
+    """
+    picks = {}
+    for name in sorted(target):
+        goal = target[name].ravel().astype(np.float64)
+        norm = float(np.linalg.norm(goal))
+        cosines = np.zeros(candidates)
+        for index in range(candidates if norm > 0 else 0):
+            v = random.normal(random.key(pool, name, index), goal.size)
+            cosines[index] = float(v @ goal) / (norm * float(np.linalg.norm(v)))
+        ranking = -np.abs(cosines) if absolute else -cosines
+        picks[name] = np.argsort(ranking, kind="stable")[:keep].tolist()
+    return picks
