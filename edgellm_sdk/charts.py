@@ -136,10 +136,9 @@ def _curve(points: Points, across: Axis, up: Axis, colour: str, write: Callable[
     parts.append(f'<polyline class="curve" stroke="{colour}" points="{_path(smooth, across, up)}"/>')
     if len(thinned) <= NOISY:
         for x, y in thinned:
-            told = escape(f"{short(x)}: {write(y) if abs(y) < 1 else short(y)}")
-            parts.append(
-                f'<circle cx="{across.at(x):.1f}" cy="{up.at(y):.1f}" r="3" fill="{colour}"><title>{told}</title></circle>'
-            )
+            told = escape(f"{short(x)}: {write(y)}")
+            place = f'cx="{across.at(x):.1f}" cy="{up.at(y):.1f}"'
+            parts.append(f'<circle {place} r="3" fill="{colour}"><title>{told}</title></circle>')
     return "".join(parts)
 
 

@@ -9,13 +9,17 @@ against candidate; what clean files of SmolLM2-135M give is in `cookbook/benchma
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgellm_sdk import ledger
-from edgellm_sdk.errors import ConfigError, EdgeLLMError, GateError
+from edgellm_sdk import ledger, registry
+from edgellm_sdk.config import build
+from edgellm_sdk.errors import ConfigError, EdgeLLMError, GateError, ModelError
+from edgellm_sdk.run import Relay
 from edgellm_sdk.types import Artifact, ModelHandle, Prompt, Session
 
 if TYPE_CHECKING:
@@ -24,6 +28,7 @@ if TYPE_CHECKING:
 
 ROWS_AT_ONCE = 64
 CONTINUATION = 24
+LONGEST_PROMPT = 448
 # Text that tokenizers disagree on when something is wrong: digits, case, spaces, scripts, controls, special tokens.
 TEXTS = (
     "The quick brown fox jumps over the lazy dog.",
@@ -119,8 +124,12 @@ class GateResult:
         return next((check.value for check in self.checks if check.name == name), None)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain JSON values for the report."""
-        return {**asdict(self), "passed": self.passed, "reason": self.reason}
+        """Plain JSON values for the report; what is not finite becomes None."""
+        checks = [
+            {name: None if value in (inf, -inf) or value != value else value for name, value in asdict(check).items()}
+            for check in self.checks
+        ]
+        return {**asdict(self), "checks": checks, "passed": self.passed, "reason": self.reason}
 
 
 def check(
@@ -151,8 +160,13 @@ def check(
     if not same_size:
         return GateResult(tuple(checks), len(prompts), 0, tolerance)
     behaviour = _Behaviour(reference, candidate, tolerance)
+    longest = min(LONGEST_PROMPT, int(found.get("context_length", LONGEST_PROMPT + max_tokens)) - max_tokens)
     for prompt in prompts:
-        behaviour.add(reference.prompt_ids(prompt), max_tokens)
+        ids = reference.prompt_ids(prompt)[:longest]
+        if ids:
+            behaviour.add(ids, max_tokens)
+    if not behaviour.positions:
+        raise ConfigError("the gate's prompts hold no token", fix="give it data with text")
     checks += behaviour.checks()
     return GateResult(tuple(checks), len(prompts), behaviour.positions, tolerance)
 
@@ -265,8 +279,8 @@ class _Behaviour:
                 self._stops.append(f"prompt {self._generations - 1} ends by {have.stop}, not {want.stop}")
             return
         if have.stop == "eos" and same == len(have.tokens) and want.tokens[same] in self._candidate.eos:
-            self._stops.append(f"{where}: stops at {want.tokens[same]}, which the model writes")
-        elif not self._near_tie(ours, theirs, same, have):
+            return  # one of the engine's own end markers, judged under `stop ids`
+        if not self._near_tie(ours, theirs, same, have):
             self._greedy.append(f"{where}: differs by more than a near tie")
 
     def _near_tie(self, ours: Float32, theirs: Float32, place: int, have: Generation | None = None) -> bool:
@@ -304,45 +318,57 @@ def verify_export(
 ) -> GateResult:
     """Run the first file of `artifact` in llama.cpp and hold it against `handle` in torch, float32, on `prompts`.
 
-    `base`: the exported base model, needed when the artifact is a lone adapter. `tolerance` None takes
-    `tolerance_for`. ModelError or DeviceError when one of the two cannot be run at all.
+    A lone adapter runs on `base`, an exported base model; without one the base is exported in F32 for the occasion.
+    `tolerance` None takes `tolerance_for`. A file that cannot be read or run is a failed check; DeviceError when this
+    machine cannot run any.
     """
-    from edgellm_sdk.gguf_file import read
-
     if not prompts:
         raise ConfigError("the gate needs at least one prompt")
-    adapter = artifact.verified.get("kind") == "adapter"
-    if adapter and base is None:
-        raise ConfigError("an adapter is checked on its exported base", str(artifact.path), "name the base's GGUF file")
-    path = base if adapter and base is not None else artifact.path
-    file = read(path)
-    expected, found = ledger.expected_facts(handle), ledger.found_facts(file)
-    weights = None if adapter else ledger.compare_weights(handle, file)
-    if tolerance is None:
-        types = ledger.tensor_types(file)
-        tolerance = tolerance_for(types, weights.rounded if weights else tuple(types))
-    options = {"adapters": str(artifact.path)} if adapter else {}
-    reference = _open("cpu", handle, {}, ctx)
+    if artifact.verified.get("kind") != "adapter":
+        return _verify(handle, artifact.path, {}, ctx, prompts, tolerance)
+    near = ctx.folder if ctx.folder.is_dir() else None
+    with tempfile.TemporaryDirectory(prefix=".gate.", suffix=".tmp", dir=near) as folder:
+        if base is None:
+            relay = _relay(artifact.target, {"type": "f32", "modelfile": False})
+            base = relay.export(replace(handle, adapters=()), Path(folder) / "base.gguf", ctx).path
+        return _verify(handle, base, {"adapters": str(artifact.path)}, ctx, prompts, tolerance or HALF)
+
+
+def _verify(
+    handle: ModelHandle,
+    path: Path,
+    options: Mapping[str, Any],
+    ctx: Context,
+    prompts: Sequence[Prompt],
+    tolerance: Tolerance | None,
+) -> GateResult:
+    from edgellm_sdk.gguf_file import read
+
+    candidate = reference = None
     try:
-        subject = Artifact((path,), (), artifact.target, artifact.device, artifact.source)
-        candidate = _open("llama_cpp", subject, options, ctx)
-        try:
-            plain = TEXTS[0]
-            expected["add_bos"] = reference.prompt_ids(plain) != reference.encode(plain)
-            return check(reference, candidate, prompts, tolerance, expected, found, weights)
-        finally:
-            candidate.close()
+        file = read(path)
+        expected, found = ledger.expected_facts(handle), ledger.found_facts(file)
+        weights = None if options else ledger.compare_weights(handle, file)
+        if tolerance is None:
+            types = ledger.tensor_types(file)
+            tolerance = tolerance_for(types, weights.rounded if weights else tuple(types))
+        subject = Artifact((path,), ("",), "gguf", "llama_cpp", handle.digest)
+        candidate = _relay("llama_cpp", options).deploy(subject, "llama_cpp", ctx)
+        reference = _relay("cpu", {}).deploy(handle, "cpu", ctx)
+        expected["add_bos"] = reference.prompt_ids(TEXTS[0]) != reference.encode(TEXTS[0])
+        return check(reference, candidate, prompts, tolerance, expected, found, weights)
+    except ModelError as error:
+        failure = Check("runs", False, None, None, f"{error.what} ({error.where})" if error.where else error.what)
+        return GateResult((failure,), len(prompts), 0, tolerance or FLOAT32)
     finally:
-        reference.close()
+        for session in (candidate, reference):
+            if session is not None:
+                session.close()
 
 
-def _open(name: str, subject: ModelHandle | Artifact, options: Mapping[str, Any], ctx: Context) -> Session:
-    from edgellm_sdk import registry
-    from edgellm_sdk.config import build
-    from edgellm_sdk.run import Relay
-
+def _relay(name: str, options: Mapping[str, Any]) -> Relay:
     loaded = registry.get(name)
-    return Relay([loaded], {name: build(loaded.plugin.config, options, name)}).deploy(subject, name, ctx)
+    return Relay([loaded], {loaded.plugin.name: build(loaded.plugin.config, options, name)})
 
 
 def enforce(result: GateResult, artifact: Artifact) -> None:

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from edgellm_sdk import charts
 from edgellm_sdk.cli.screen import cell, size
+from edgellm_sdk.cli.show import comparison
 
 if TYPE_CHECKING:
     from edgellm_sdk.report import Report
     from edgellm_sdk.types import Metric
 
 MOST_ROWS = 30
+WANTED = ("wanted", "expected")
 FIRST_METRICS = ("balanced accuracy", "accuracy", "perplexity", "loss", "size", "uploaded", "downloaded")
 X_LABELS = {"forwards": "perturbed inferences", "seconds": "seconds", "rounds": "rounds", "steps": "accepted steps"}
 FAMILIES = ("loss", "accuracy", "perplexity", "variance", "perturbations")
@@ -53,8 +55,8 @@ def seconds(value: float) -> str:
 
 def command(report: Report) -> str:
     """The command line that asks for this step again."""
-    words = ["edgellm", "eval" if report.verb == "evaluate" else report.verb]
-    if report.plugin and "plugin" not in report.config:
+    words = ["edgellm", report.verb]
+    if report.plugin and "plugin" not in report.config and "device" not in report.config:
         words += ["--plugin", report.plugin]
     for name, value in [*report.config.items(), *report.options.items()]:
         flag = "--" + name.replace("_", "-")
@@ -81,7 +83,10 @@ def _overview(reports: Sequence[Report]) -> str:
         ]
         for n, r in enumerate(reports, 1)
     ]
-    results = next((_tables(report) for report in reversed(reports) if report.tables), "")
+    results = next((_tables(report.tables) for report in reversed(reports) if report.tables), "")
+    names, measured = comparison(reports)
+    if not results and len(measured) > 1:
+        results = _tables([{"title": "Measured on held-out data", "columns": names, "rows": measured}])
     columns = ("", "step", "plugin", "time", "CPU time", "peak memory")
     return f"<section>{'<h2>Result</h2>' if results else ''}{results}<h3>Steps</h3>{table(columns, rows)}</section>"
 
@@ -95,7 +100,7 @@ def _section(report: Report, number: int) -> str:
         f"<h2>{escape(name)}{plugin}</h2>",
         _cards(report),
         _gate(report.verified),
-        _tables(report),
+        _tables(report.tables),
         _charts(report),
         _examples(report.examples),
         _traffic(report.bytes),
@@ -167,9 +172,9 @@ def _cell(value: Any) -> str:
     return escape(cell(value))
 
 
-def _tables(report: Report) -> str:
+def _tables(tables: Sequence[Mapping[str, Any]]) -> str:
     parts = []
-    for entry in report.tables:
+    for entry in tables:
         parts.append(f"<h3>{escape(str(entry.get('title', '')))}</h3>{table(entry['columns'], entry['rows'])}")
         drawn = _size_against_accuracy(entry["columns"], entry["rows"])
         parts.append(f'<div class="charts" style="margin-top:.9rem">{drawn}</div>' if drawn else "")
@@ -243,7 +248,8 @@ def _traffic(clients: Mapping[str, Mapping[str, int]]) -> str:
     rows = []
     for name, totals in sorted(clients.items(), key=lambda item: (-item[1].get("up", 0), item[0]))[:MOST_ROWS]:
         bars = "".join(
-            f'<td class="bar"><i style="width:{100 * totals.get(way, 0) / most[way]:.1f}%;background:var(--c{n})"></i></td>'
+            f'<td class="bar"><i style="width:{100 * totals.get(way, 0) / most[way]:.1f}%;'
+            f'background:var(--c{n})"></i></td>'
             f'<td class="n">{escape(size(totals.get(way, 0)))}</td>'
             for n, way in enumerate(("up", "down"))
         )
@@ -265,18 +271,23 @@ def _examples(examples: Sequence[Mapping[str, Any]]) -> str:
         return ""
     parts = []
     for example in examples:
-        expected = example.get("expected")
+        wanted = next((example[name] for name in WANTED if name in example), None)
         answers = []
-        for name in ("expected", "before", "after"):
-            if name in example:
-                text, mark = cell(example[name]), ""
-                if name != "expected" and expected is not None:
-                    mark = ' class="good"' if text.strip().lower() == str(expected).strip().lower() else ' class="bad"'
-                answers.append(f"<dt>{name}</dt><dd{mark}>{escape(text)}</dd>")
+        for name, value in example.items():
+            if name != "prompt":
+                text, mark = cell(value), ""
+                if name not in WANTED and wanted is not None:
+                    mark = ' class="good"' if _same(text, str(wanted)) else ' class="bad"'
+                answers.append(f"<dt>{escape(name)}</dt><dd{mark}>{escape(text)}</dd>")
         parts.append(
             f'<div class="message"><p>{escape(str(example.get("prompt", "")))}</p><dl>{"".join(answers)}</dl></div>'
         )
-    return f"<h3>Before and after</h3>{''.join(parts)}"
+    title = "Before and after" if any("before" in example for example in examples) else "Examples"
+    return f"<h3>{title}</h3>{''.join(parts)}"
+
+
+def _same(answer: str, wanted: str) -> bool:
+    return answer.strip().lower() == wanted.strip().lower()
 
 
 def _gate(verified: Mapping[str, Any]) -> str:

@@ -185,7 +185,7 @@ def now() -> str:
 
 
 def environment() -> dict[str, Any]:
-    """What a figure depends on: versions, processor, cores, memory, platform. Nothing that names a machine or a user."""
+    """What a figure depends on: versions, processor, cores, memory, platform. Nothing names a machine or a user."""
     return {
         "edgellm": __version__,
         "python": platform.python_version(),

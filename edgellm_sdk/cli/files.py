@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from edgellm_sdk.cli.settings import Compress, Demo, Deploy, Evaluate, Export, Run
 from edgellm_sdk.cli.train import installed
 from edgellm_sdk.cli.verb import Answer, Request, Verb
-from edgellm_sdk.errors import ModelError, UsageError
+from edgellm_sdk.errors import ModelError, UsageError, printable
 
 if TYPE_CHECKING:
     from edgellm_sdk.steps import Outcome
@@ -54,17 +54,17 @@ def _one(done: Outcome) -> Answer:
 
 
 def _recipe(recipe: Path, request: Request) -> Answer:
-    """Every step of a recipe; their reports together on one page."""
-    from edgellm_sdk import page, steps, store
+    """Every step of a recipe; `report.html` in the output shows them together."""
+    from edgellm_sdk import steps
     from edgellm_sdk.cli import show
 
     folder = Path(request.settings.output)
     done = steps.run(recipe, folder, resume=request.settings.resume, quiet=request.quiet)
-    reports = [outcome.report for outcome in done]
-    joint = folder / "report.html"
-    store.write_bytes(joint, page.render(reports).encode())
     text = [show.outcome(outcome) for outcome in done]
-    return Answer([report.to_json() for report in reports], "\n\n\n".join([*text, f"all steps on one page: {joint}"]))
+    if results := show.measured([outcome.report for outcome in done]):
+        text.append(results)
+    text.append(f"all steps on one page: {folder / 'report.html'}")
+    return Answer([outcome.report.to_json() for outcome in done], "\n\n\n".join(text))
 
 
 def deploy(request: Request) -> Answer | None:
@@ -87,7 +87,7 @@ def deploy(request: Request) -> Answer | None:
             chat(session, settings)
             return None
         generation, used = answer(session, [{"role": "user", "content": settings.prompt}], settings)
-        return Answer(_described(session, generation, used), generation.text)
+        return Answer(_described(session, generation, used), _shown(generation.text))
 
 
 def _described(session: Session, generation: Generation, used: int) -> Mapping[str, Any]:
@@ -100,6 +100,11 @@ def _described(session: Session, generation: Generation, used: int) -> Mapping[s
         "device": session.device,
         "stats": asdict(session.stats()),
     }
+
+
+def _shown(text: str) -> str:
+    """What a model wrote, unable to drive the terminal it is printed on."""
+    return "\n".join(printable(line) for line in text.split("\n")) if sys.stdout.isatty() else text
 
 
 def answer(session: Session, turns: Sequence[Message], settings: Deploy) -> tuple[Generation, int]:
@@ -127,7 +132,7 @@ def chat(session: Session, settings: Deploy) -> None:
         turns.append({"role": "user", "content": line})
         generation, _ = answer(session, turns, settings)
         turns.append({"role": "assistant", "content": generation.text})
-        print(generation.text.strip(), flush=True)
+        print(_shown(generation.text.strip()), flush=True)
 
 
 VERBS = (

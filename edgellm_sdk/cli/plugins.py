@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 
@@ -73,7 +74,9 @@ def new(request: Request) -> Answer:
     name = request.words[0]
     folder = Path(settings.output or name)
     files = write_package(name, settings.stage, folder)
-    text = f"wrote {folder} ({len(files)} files)\n\nnext:\n  pip install -e {folder}\n  pytest {folder}\n  edgellm plugins info {name}"
+    where = shlex.quote(str(folder))
+    following = (f"pip install -e {where}", f"pytest {where}", f"edgellm plugins info {name}")
+    text = "\n  ".join([f"wrote {folder} ({len(files)} files); next:", *following])
     return Answer({"name": name, "stage": settings.stage, "folder": str(folder), "files": files}, text)
 
 

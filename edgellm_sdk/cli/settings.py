@@ -21,7 +21,7 @@ class Finetune:
     model: str = opt("", MODEL)
     data: str = opt("", DATA)
     output: str = opt("", "run folder to write")
-    clients: int = opt(1, "clients the data is dealt to; 1 is plain fine-tuning", ge=1, le=1_000_000)
+    clients: int = opt(1, "clients the data is dealt to; 1 is plain fine-tuning", ge=1, le=100_000)
     rounds: int = opt(0, "federated rounds; 0 leaves the default of 100", ge=0)
     clients_per_round: int = opt(0, "clients sampled each round; 0 takes all", ge=0)
     partition: str = opt("iid", "how the data is dealt: iid, dirichlet:ALPHA, label:K or user")
@@ -32,7 +32,7 @@ class Finetune:
     task_prompt: str = opt("", TASK_PROMPT)
     resume: bool = opt(False, RESUME)
     dry_run: bool = opt(False, DRY_RUN)
-    quorum: float = opt(0.5, "share of a round's clients that must answer", ge=1e-6, le=1)
+    quorum: float = opt(0.5, "share of a round's clients that must answer", ge=0.01, le=1)
     memory: int = opt(0, "budget for what a method may keep in memory; 0 sets none", unit="MB", ge=0)
     watch: int = opt(10, "measure on held-out data every so many rounds; 0 never", unit="rounds", ge=0)
 
@@ -61,6 +61,7 @@ class Export:
     model: str = opt("", MODEL)
     output: str = opt("", "file to write")
     data: str = opt("", "data whose prompts the gate compares on; empty uses what the model was tuned on, if known")
+    task_prompt: str = opt("", TASK_PROMPT)
     gate: bool = opt(True, "run the written file and refuse it if it does not behave like the model")
     seed: int = opt(0, SEED, ge=0)
     dry_run: bool = opt(False, DRY_RUN)
@@ -74,6 +75,7 @@ class Evaluate:
     split: str = opt("test", "part of the data", choices=("train", "valid", "test"))
     limit: int = opt(0, "use this many examples at most; 0 uses all", unit="examples", ge=0)
     balance: bool = opt(False, BALANCE)
+    task_prompt: str = opt("", TASK_PROMPT)
     seed: int = opt(0, SEED, ge=0)
 
 
@@ -83,7 +85,7 @@ class Deploy:
     device: str = opt("", "backend plugin that runs it; empty chooses by format")
     system: str = opt("", "system message put before the prompt")
     raw: bool = opt(False, "continue the prompt as plain text, without the model's chat template")
-    max_tokens: int = opt(128, "longest answer", unit="tokens", ge=1, le=1_000_000)
+    max_tokens: int = opt(128, "longest answer", unit="tokens", ge=1, le=100_000)
     temperature: float = opt(0.0, "0 always takes the likeliest token", ge=0, le=10)
     seed: int = opt(0, SEED, ge=0)
 

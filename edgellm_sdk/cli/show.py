@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,17 +13,35 @@ if TYPE_CHECKING:
     from edgellm_sdk.steps import Outcome
     from edgellm_sdk.types import Metric
 
+COUNTED = ("rounds", "forwards", "steps", "perplexity")
+
 
 def metric(value: Metric) -> str:
-    """`0.93 [0.88, 0.97] (n = 200)`, `1.2 MB`."""
+    """`0.93 [0.88, 0.97]`, `1.2 MB`."""
     if value.unit == "bytes":
         return size(value.value)
-    text = cell(int(value.value)) if value.value == int(value.value) and abs(value.value) < 1e15 else cell(value.value)
-    if value.unit and value.unit not in ("rounds", "forwards", "steps"):
+    whole = abs(value.value) < 1e15 and value.value == int(value.value)
+    text = cell(int(value.value)) if whole else cell(value.value)
+    if value.unit and value.unit not in COUNTED:
         text += f" {value.unit}"
-    if value.ci95:
-        text += f" [{cell(value.ci95[0])}, {cell(value.ci95[1])}]"
-    return text + (f" (n = {value.n})" if value.n else "")
+    return text + (f" [{cell(value.ci95[0])}, {cell(value.ci95[1])}]" if value.ci95 else "")
+
+
+def measured(reports: Sequence[Report]) -> str:
+    """Every measurement of a recipe in one table, or nothing when there is only one."""
+    columns, rows = comparison(reports)
+    return table(columns, rows) if len(rows) > 1 else ""
+
+
+def comparison(reports: Sequence[Report]) -> tuple[list[str], list[list[str]]]:
+    """(columns, rows) over the `eval` steps: what was measured, on which device, and each metric that one has."""
+    evals = [report for report in reports if report.verb == "eval" and report.metrics]
+    names = list(dict.fromkeys(name for report in evals for name in report.metrics))
+    rows = []
+    for report in evals:
+        values = [metric(report.metrics[name]) if name in report.metrics else "-" for name in names]
+        rows.append([cell(report.config.get("subject", "")), report.plugin, *values])
+    return ["measured", "on", *names], rows
 
 
 def outcome(done: Outcome) -> str:
@@ -30,7 +49,9 @@ def outcome(done: Outcome) -> str:
     report = done.report
     parts = [_head(report)]
     if report.metrics:
-        parts.append(facts([(name, metric(value)) for name, value in report.metrics.items()]))
+        parts.append(
+            facts([(name, metric(v) + (f" (n = {v.n})" if v.n else "")) for name, v in report.metrics.items()])
+        )
     parts += [tables(report)] if report.tables else []
     parts += [examples(report)] if report.examples else []
     if report.rejected:
@@ -63,7 +84,5 @@ def examples(report: Report) -> str:
     for example in report.examples[:3]:
         prompt = cell(example.get("prompt", ""))
         lines.append(f"> {prompt[:200]}{'...' if len(prompt) > 200 else ''}")
-        for name in ("expected", "before", "after"):
-            if name in example:
-                lines.append(f"  {name:<9}{cell(example[name])[:200]}")
+        lines += [f"  {name:<9}{cell(text)[:200]}" for name, text in example.items() if name != "prompt"]
     return "\n".join(lines)

@@ -7,6 +7,7 @@ same things in the same words.
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,8 +53,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Verb:
-    """`path` as typed (`plugins list`). `words` describes bare words (`FILE`), of which `least`..`most` are wanted (-1: any
-    number).
+    """`path` is typed (`plugins list`). `words` describes bare words (`FILE`), `least`..`most` of them (-1: any number).
 
     `plugin` is the setting that names a plugin able to do `stage`, whose options join this verb's own. `required`
     settings have no sensible default. `more` adds lines to the help page; it is called only when that is shown.
@@ -208,8 +208,15 @@ def add(
 ) -> None:
     """Make `verb` a command of `app` that hands a checked request to `answer`."""
     parameters = list(_parameters(verb, loaded))
+    plain = {_parameter(f) for f in flags_of(verb, loaded) if f.option.default is False and not f.of_plugin}
 
     class Command(TyperCommand):
+        def format_help(self, ctx: Any, formatter: Any) -> None:
+            for parameter in self.params:  # `--no-resume` works, but only tells readers what they know
+                if parameter.name in plain:
+                    parameter.secondary_opts = []
+            super().format_help(ctx, formatter)
+
         def invoke(self, ctx: Any) -> None:
             answer(_request(verb, loaded, ctx.params, typed))
 
@@ -229,7 +236,8 @@ def _request(verb: Verb, loaded: registry.Loaded | None, given: Mapping[str, Any
         raise UsageError(f"needs {verb.words}", f"edgellm {verb.path}", f"see edgellm {verb.path} --help")
     if len(words) > verb.most >= 0:
         raise UsageError(f"does not understand {words[verb.most]!r}", f"edgellm {verb.path}")
-    return Request(settings, options, words, bool(given["json"]), bool(given["quiet"]))
+    quiet = bool(given["quiet"]) or not sys.stderr.isatty()
+    return Request(settings, options, words, bool(given["json"]), quiet)
 
 
 def _parameters(verb: Verb, loaded: registry.Loaded | None) -> Iterable[inspect.Parameter]:

@@ -30,15 +30,16 @@ class Ledger:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def keep_until(self, round: int) -> None:
+    def keep_until(self, number: int) -> None:
         """Drop lines of later rounds: a killed run may have logged a round whose state never reached the disk."""
         if self.path.exists():
-            kept = [line for line in self._rows() if line["round"] <= round]
+            kept = [line for line in self._rows() if line["round"] <= number]
             write_bytes(self.path, b"".join(_encode(line) for line in kept))
 
-    def add(self, round: int, attempt: int, lines: Iterable[Line], seconds: float) -> None:
-        rows = [{"round": round, "attempt": attempt, "seconds": round_(seconds), **asdict(line)} for line in lines]
+    def add(self, number: int, attempt: int, lines: Iterable[Line], seconds: float) -> None:
+        rows = [{"round": number, "attempt": attempt, "seconds": round(seconds, 4), **asdict(line)} for line in lines]
         try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("ab") as file:
                 file.write(b"".join(_encode(row) for row in rows))
                 file.flush()
@@ -66,10 +67,6 @@ class Ledger:
             entry["rounds"] += 1
             entry["rejected"] += bool(row["rejected"])
         return totals
-
-
-def round_(seconds: float) -> float:
-    return int(seconds * 1e4) / 1e4
 
 
 def _encode(row: dict[str, Any]) -> bytes:

@@ -119,7 +119,8 @@ def _build(found: checkpoint.Checkpoint, dtype: torch.dtype) -> Any:
         except Exception as error:  # any of its checks may fail, each with an exception of its own
             raise ModelError("config.json is not of a kind that transformers knows", where) from error
         made: Any = getattr(transformers, name, None) if name.isidentifier() else None
-        if not (isinstance(made, type) and issubclass(made, transformers.PreTrainedModel)):
+        known = isinstance(made, type) and issubclass(made, transformers.PreTrainedModel)
+        if not known:
             raise ModelError(f"its architecture {name[:60]!r} is unknown", where, "config.json: architectures")
         weights = dict(_tensors(found, dtype))
         try:

@@ -11,13 +11,13 @@ import torch
 
 from edgellm_hardware.sampling import Chooser, cut
 from edgellm_sdk.errors import DataError, DeviceError
+from edgellm_sdk.kit import prompts
 from edgellm_sdk.types import Artifact, Generation, ModelHandle, Prompt, SessionStats
 
 if TYPE_CHECKING:
     from edgellm_sdk.types import Float32
 
 BATCH_TOKENS = 1024
-MAX_STOP_IDS = 64
 
 
 def handle_of(subject: ModelHandle | Artifact) -> ModelHandle:
@@ -54,15 +54,6 @@ def batches(lengths: Sequence[int], budget: int = BATCH_TOKENS) -> Iterator[list
         yield group
 
 
-def eos_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
-    """What ends a generation: the generation config's ids and the tokenizer's eos, ascending."""
-    found: set[int] = set()
-    for source in (getattr(model, "generation_config", None), model.config, tokenizer):
-        value = getattr(source, "eos_token_id", None)
-        found.update([value] if isinstance(value, int) else value or [])
-    return tuple(sorted(found))[:MAX_STOP_IDS]
-
-
 class TorchSession:
     """`Session` over a causal language model. `dtype` is a torch name; logits are float32 whatever it is.
 
@@ -83,7 +74,8 @@ class TorchSession:
         self._head: Any = self._model.get_output_embeddings()
         self._body: Any = getattr(self._model, self._model.base_model_prefix)
         self.vocabulary = int(self._head.weight.shape[0])
-        self.eos = eos_ids(self._model, self._tokenizer)
+        configs = (self._model.config, getattr(self._model, "generation_config", None))
+        self.eos = tuple(sorted({i for config in configs for i in prompts.stop_ids(self._tokenizer, config)}))
         self._load_seconds = time.perf_counter() - begin
         self._prompt_tokens = self._generated_tokens = 0
         self._prompt_seconds = self._generate_seconds = 0.0
@@ -96,13 +88,7 @@ class TorchSession:
         return str(self._tokenizer.decode(list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
-        from edgellm_sdk.kit.prompts import prompt_text
-
-        ids = self.encode(prompt_text(self._tokenizer, prompt))
-        bos = self._tokenizer.bos_token_id
-        if bos is not None and self._tokenizer.encode("")[:1] == [bos] and ids[:1] != [bos]:
-            ids.insert(0, int(bos))
-        return ids
+        return prompts.prompt_ids(self._tokenizer, prompt)
 
     @torch.inference_mode()
     def logits(self, sequences: Sequence[Sequence[int]], first: Sequence[int] | None = None) -> list[Float32]:

@@ -1,0 +1,176 @@
+"""The rounds: sampling, quorum, clients that fail, lie, repeat themselves or stay silent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from edgellm_plugins.aggregation.fedavg import Config, method
+
+from edgellm_sdk import registry, wire
+from edgellm_sdk.context import Context
+from edgellm_sdk.errors import FederationError
+from edgellm_sdk.federate.ledger import Ledger
+from edgellm_sdk.federate.rounds import CHECKPOINT, Failure, Plan, resumed, run_rounds, sample
+from edgellm_sdk.run import Relay
+from edgellm_sdk.types import State, Update
+
+START = State("base", 0, {"w": np.zeros(3, np.float32)})
+
+
+def relay() -> Relay:
+    return Relay([registry.get("fedavg")], {"fedavg": Config()})
+
+
+def honest(message: bytes, client: str) -> Update:
+    """Each client adds its number plus one."""
+    assignment = wire.assignment_from_bytes(message, client)
+    value = assignment.arrays["w"] + np.float32(int(client[-1]) + 1)
+    return Update(assignment.base, assignment.round, client, "weights", {"w": value}, 10)
+
+
+class Engine:
+    """Honest clients, except those in `faults`, which may answer with bytes, a Failure, several replies or nothing."""
+
+    def __init__(self, faults: Mapping[str, object] | None = None, backwards: bool = False) -> None:
+        self.faults, self.backwards = faults or {}, backwards
+
+    def __call__(self, messages: Mapping[str, bytes]) -> Iterator[tuple[str, bytes | Failure]]:
+        for client in sorted(messages, reverse=self.backwards):
+            fault = self.faults.get(client)
+            update = honest(messages[client], client)
+            if fault is None:
+                yield client, wire.update_to_bytes(update)
+            elif isinstance(fault, (bytes, Failure)):
+                yield client, fault
+            elif isinstance(fault, dict):
+                yield client, wire.update_to_bytes(replace(update, **fault))
+            elif fault == "twice":
+                yield client, wire.update_to_bytes(update)
+                yield client, wire.update_to_bytes(replace(update, arrays={"w": update.arrays["w"] * 100}))
+
+
+def run(tmp_path: Path, engine: Engine, rounds: int = 3, **changes: object) -> tuple[State, Ledger]:
+    plan = Plan({f"c{i}": 10 for i in range(4)}, 4, rounds)
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    ctx = Context(tmp_path, seed=1, rounds=rounds)
+    return run_rounds(relay(), START, replace(plan, **changes), engine, ctx, ledger), ledger  # type: ignore[arg-type]
+
+
+def test_mean_of_honest_clients(tmp_path: Path) -> None:
+    final, ledger = run(tmp_path, Engine())
+    assert final.round == 3 and final.arrays["w"].tolist() == [7.5, 7.5, 7.5]
+    totals = ledger.totals()
+    assert all(t["up_payload"] == 36 and t["down_payload"] == 36 and t["rounds"] == 3 for t in totals.values())
+    assert all(t["up"] > t["up_payload"] for t in totals.values())
+
+
+def test_arrival_order_changes_no_byte(tmp_path: Path) -> None:
+    a, _ = run(tmp_path / "a", Engine())
+    b, _ = run(tmp_path / "b", Engine(backwards=True))
+    assert wire.state_to_bytes(a) == wire.state_to_bytes(b)
+
+
+NAN = {"arrays": {"w": np.full(3, np.nan, np.float32)}}
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        (Failure("ran out of memory"), "ran out of memory"),
+        ("silent", "did not answer"),
+        (b"garbage", "malformed"),
+        (b"", "malformed"),
+        (NAN, "not finite"),
+        ({"arrays": {"w": np.zeros(4, np.float32)}}, "float32[4]"),
+        ({"arrays": {"w": np.zeros(3)}}, "float64"),
+        ({"arrays": {}}, "exactly the expected"),
+        ({"kind": "gossip"}, "no set of weights"),
+        ({"round": 0}, "belongs to round 0"),
+        ({"base": "other"}, "another base"),
+        ({"client": "c1"}, "claims to come from"),
+        ({"examples": -1}, "claims -1"),
+    ],
+)
+def test_a_bad_client_is_as_if_absent_with_its_reason(tmp_path: Path, fault: object, reason: str) -> None:
+    absent, _ = run(tmp_path / "absent", Engine({"c3": "silent"}), rounds=1)
+    state, ledger = run(tmp_path / "bad", Engine({"c3": fault}), rounds=1)
+    assert wire.state_to_bytes(state) == wire.state_to_bytes(absent)
+    assert reason in [row["rejected"] for row in ledger.rows() if row["client"] == "c3"][0]
+
+
+def test_the_first_reply_counts_once(tmp_path: Path) -> None:
+    clean, _ = run(tmp_path / "clean", Engine(), rounds=1)
+    twice, _ = run(tmp_path / "twice", Engine({"c3": "twice"}), rounds=1)
+    assert wire.state_to_bytes(clean) == wire.state_to_bytes(twice)
+
+
+def test_below_quorum_it_tries_again_then_stops_with_the_last_good_state(tmp_path: Path) -> None:
+    good, _ = run(tmp_path, Engine(), rounds=2)
+    ctx = Context(tmp_path, seed=1, rounds=5)
+    faults = {f"c{i}": "silent" for i in range(3)}
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    with pytest.raises(FederationError) as caught:
+        run_rounds(relay(), good, Plan({f"c{i}": 10 for i in range(4)}, 4, 5), Engine(faults), ctx, ledger)
+    assert caught.value.exit_code == 8 and "round 3" in str(caught.value) and "quorum" in str(caught.value)
+    state = resumed(Context(tmp_path), "base")
+    assert state is not None and wire.state_to_bytes(state) == wire.state_to_bytes(good)
+    assert {row["attempt"] for row in ledger.rows() if row["round"] == 3} == {0, 1, 2}
+
+
+def test_sampling_is_a_function_of_seed_cohort_and_attempt(tmp_path: Path) -> None:
+    plan = Plan({f"c{i}": 1 for i in range(50)}, 10, 1)
+    ctx = Context(tmp_path, seed=3)
+    first = sample(plan, 0, 0, ctx)
+    assert first == sample(plan, 0, 0, Context(tmp_path, seed=3)) and len(set(first)) == 10
+    assert first != sample(plan, 1, 0, ctx) and first != sample(plan, 0, 1, ctx)
+    assert first != sample(plan, 0, 0, Context(tmp_path, seed=4))
+
+
+def test_aggregation_that_overflows_is_refused(tmp_path: Path) -> None:
+    huge = {"arrays": {"w": np.full(3, 3e38, np.float32)}}
+    start = replace(START, arrays={"w": np.full(3, 3e38, np.float32)})
+    plan = Plan({"c0": 10}, 1, 1)
+    engine = Engine({"c0": {"kind": "delta", **huge}})
+    with pytest.raises(FederationError, match="not finite"), np.errstate(over="ignore"):
+        run_rounds(relay(), start, plan, engine, Context(tmp_path), Ledger(tmp_path / "l.jsonl"))
+    assert not (tmp_path / "checkpoint" / f"{CHECKPOINT}.safetensors").exists()
+
+
+def test_fedavg_weights_caps_and_rates() -> None:
+    """Against values worked by hand: (1*10 + 4*30)/40, cap 10 -> (1 + 4)/2, and half way from 0."""
+    updates = [
+        Update("base", 1, "a", "weights", {"w": np.full(3, 1, np.float32)}, 10),
+        Update("base", 1, "b", "weights", {"w": np.full(3, 4, np.float32)}, 30),
+    ]
+
+    def value(config: Config) -> float:
+        return float(method.aggregate(START, updates, config).arrays["w"][0])
+
+    assert value(Config()) == 3.25
+    assert value(Config(cap=10)) == 2.5
+    assert value(Config(weighting="equal")) == 2.5
+    assert value(Config(server_rate=0.5)) == 1.625
+    deltas = [replace(update, kind="delta") for update in updates]
+    assert (
+        float(method.aggregate(replace(START, arrays={"w": np.ones(3, np.float32)}), deltas, Config()).arrays["w"][0])
+        == 4.25
+    )
+
+
+def test_a_client_cannot_buy_the_mean(tmp_path: Path) -> None:
+    state, _ = run(tmp_path, Engine({"c3": {"examples": 10**12}}), rounds=1)
+    assert state.arrays["w"][0] == pytest.approx(4.0)
+    capped = method.aggregate(
+        START,
+        [honest_update("c0", 10), honest_update("c3", 10**12)],
+        Config(cap=10),
+    )
+    assert float(capped.arrays["w"][0]) == 2.5
+
+
+def honest_update(client: str, examples: int) -> Update:
+    return Update("base", 1, client, "weights", {"w": np.full(3, int(client[-1]) + 1, np.float32)}, examples)
