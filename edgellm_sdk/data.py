@@ -164,6 +164,13 @@ def _rows(path: Path) -> list[Example] | list[_Labelled]:
     return rows  # type: ignore[return-value]
 
 
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):  # a name too long, a loop of links, a NUL byte: opening it will say which
+        return False
+
+
 def _files(source: str) -> dict[str, Path]:
     """Split name -> file, for a folder; DataError when there is none or two for one split."""
     folder = Path(source)
@@ -223,7 +230,7 @@ def read(source: str, split: str = "train", task_prompt: str | None = None) -> D
     else:
         path = Path(source)
         name = path.name
-        if "\0" not in source and path.is_dir():
+        if _is_folder(path):
             files = _files(source)
             if split not in files:
                 raise DataError(f"has no {split} file", source, f"it has {', '.join(files)}")
@@ -233,8 +240,6 @@ def read(source: str, split: str = "train", task_prompt: str | None = None) -> D
                 others = [_rows(files[other]) for other in files if other != split]
                 labels = {row.label for other in others for row in other if row.label is not None}
         else:
-            if path.suffix.lower() not in _SUFFIXES and "\0" not in source and not path.exists():
-                raise DataError(f"no such file, folder or built-in data set ({BUILT_IN})", source)
             rows = _rows(path)
     if not isinstance(rows[0], _Labelled):
         return _dataset([row for row in rows if isinstance(row, Example)], name, ())

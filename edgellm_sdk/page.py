@@ -32,8 +32,10 @@ def render(reports: Sequence[Report]) -> str:
     started = reports[0].started.replace("T", " ").replace("Z", " UTC") if reports else ""
     wall = sum(report.wall_seconds for report in reports)
     head = f"<header><h1>edgellm: {escape(verbs)}</h1><p>{escape(started)} · {seconds(wall)} in all</p></header>"
-    body = [head, _overview(reports) if len(reports) > 1 else ""]
-    body += [_section(report, number if len(reports) > 1 else 0) for number, report in enumerate(reports, 1)]
+    several = len(reports) > 1
+    leading = next((r for r in reversed(reports) if r.tables), None) if several else None
+    body = [head, _overview(reports, leading) if several else ""]
+    body += [_section(r, number if several else 0, r is not leading) for number, r in enumerate(reports, 1)]
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -71,7 +73,7 @@ def command(report: Report) -> str:
     return " ".join(shlex.quote(word) for word in words)
 
 
-def _overview(reports: Sequence[Report]) -> str:
+def _overview(reports: Sequence[Report], leading: Report | None) -> str:
     rows = [
         [
             n,
@@ -83,7 +85,7 @@ def _overview(reports: Sequence[Report]) -> str:
         ]
         for n, r in enumerate(reports, 1)
     ]
-    results = next((_tables(report.tables) for report in reversed(reports) if report.tables), "")
+    results = _tables(leading.tables) if leading else ""
     names, measured = comparison(reports)
     if not results and len(measured) > 1:
         results = _tables([{"title": "Measured on held-out data", "columns": names, "rows": measured}])
@@ -91,7 +93,7 @@ def _overview(reports: Sequence[Report]) -> str:
     return f"<section>{'<h2>Result</h2>' if results else ''}{results}<h3>Steps</h3>{table(columns, rows)}</section>"
 
 
-def _section(report: Report, number: int) -> str:
+def _section(report: Report, number: int, with_tables: bool) -> str:
     name = f"{number}. {report.verb}" if number else report.verb
     plugin = (
         f" <small>with {escape(f'{report.plugin} {report.plugin_version}'.strip())}</small>" if report.plugin else ""
@@ -100,7 +102,7 @@ def _section(report: Report, number: int) -> str:
         f"<h2>{escape(name)}{plugin}</h2>",
         _cards(report),
         _gate(report.verified),
-        _tables(report.tables),
+        _tables(report.tables) if with_tables else "",
         _charts(report),
         _examples(report.examples),
         _traffic(report.bytes),

@@ -53,7 +53,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Verb:
-    """`path` is typed (`plugins list`). `words` describes bare words (`FILE`), `least`..`most` of them (-1: any number).
+    """`path` is typed (`plugins list`). `words` describes bare words (`FILE`), `least`..`most` of them (-1: any).
 
     `plugin` is the setting that names a plugin able to do `stage`, whose options join this verb's own. `required`
     settings have no sensible default. `more` adds lines to the help page; it is called only when that is shown.

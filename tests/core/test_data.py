@@ -150,7 +150,7 @@ def test_files_that_are_none(tmp_path: Path) -> None:
         (tmp_path / "loop.jsonl", "oo many"),
         (long, "too long"),
         (tmp_path / "a\0b.jsonl", "NUL"),
-        (Path("no-such-name"), "built-in"),
+        (Path("no-such-name"), "No such file"),
     ]:
         with pytest.raises(DataError, match=cause) as caught:
             data.read(str(path))
@@ -256,7 +256,7 @@ def test_folder_of_splits(tmp_path: Path) -> None:
     train, valid = data.read(str(tmp_path)), data.read(str(tmp_path), "valid")
     assert (len(train), len(valid)) == (2, 1) and train.labels == valid.labels == ("a", "b")
     assert "a or b" in valid.examples[0].prompt[0]["content"]  # type: ignore[index]
-    with pytest.raises(DataError, match="no test file; it has train, valid"):
+    with pytest.raises(DataError, match="no test file .*; it has train, valid"):
         data.read(str(tmp_path), "test")
     with pytest.raises(ConfigError, match="not a split"):
         data.read(str(tmp_path), "dev")

@@ -20,6 +20,12 @@ PLUGIN = Plugin(name="{name}", summary="does nothing", version="1.0")
 def edgellm_aggregate(state, updates):
     return None
 """
+BAD_OPTIONS = """
+from dataclasses import dataclass
+@dataclass(frozen=True)
+class C:
+    x: list = ()
+"""
 HOSTILE = {
     "raises": ("raise RuntimeError('boom')", "RuntimeError: boom"),
     "exits": ("import sys; sys.exit(0)", "SystemExit"),
@@ -30,12 +36,7 @@ HOSTILE = {
     "renamed": (GOOD.format(name="other"), "calls itself 'other'"),
     "misspelt": (GOOD.format(name="misspelt").replace("aggregate", "agregate"), "agregate"),
     "hookless": (GOOD.format(name="hookless").split("@hookimpl")[0], "implements no hook"),
-    "badoptions": (
-        GOOD.format(name="badoptions").replace('version="1.0"', 'version="1.0", config=C').replace(
-            "PLUGIN", "from dataclasses import dataclass\n@dataclass(frozen=True)\nclass C:\n    x: list = ()\nPLUGIN", 1
-        ),
-        "options",
-    ),
+    "badoptions": (BAD_OPTIONS + GOOD.format(name="badoptions").replace('"1.0"', '"1.0", config=C'), "options"),
 }  # fmt: skip
 Install = Callable[..., None]
 

@@ -64,12 +64,17 @@ def full() -> Report:
     report.finish(meter)
     report.bytes = {"a<b>": {"up": 8, "down": 900}}
     report.metrics = {"balanced accuracy": Metric(0.9, "", 10, (0.8, 0.95)), "uploaded": Metric(3e6, "bytes", 2)}
-    report.curves = {"loss over rounds": [(1, 2.0), (2, math.nan), (3, 1.0)], "variance over rounds": [(1, 1e-9), (2, 5.0)]}
+    report.curves = {
+        "loss over rounds": [(1, 2.0), (2, math.nan), (3, 1.0)],
+        "variance over rounds": [(1, 1e-9), (2, 5.0)],
+    }
     report.rejected = [{"client": "c", "round": 4, "reason": "<i>NaN</i>"}]
     report.artifacts = [{"name": "filter.gguf", "sha256": "0" * 64, "bytes": 12}]
     report.verified = {"passed": False, "reason": "drift", "checks": [{"name": "KL", "passed": False, "value": 3.0}]}
     columns = ["model", "balanced accuracy", "size"]
-    report.tables = [{"title": "t", "columns": columns, "rows": [["x", "0.5 [0.4, 0.6]", "1 MB"], ["y", "0.9", "2 MB"]]}]
+    report.tables = [
+        {"title": "t", "columns": columns, "rows": [["x", "0.5 [0.4, 0.6]", "1 MB"], ["y", "0.9", "2 MB"]]}
+    ]
     report.examples = [{"prompt": "<script>alert(1)</script>", "expected": "ham", "before": "spam", "after": "ham"}]
     report.notes = ["a & b"]
     return report
@@ -125,17 +130,17 @@ def test_meter_measures_this_process_and_its_children() -> None:
 
     with Meter() as meter:
         blob = bytearray(40 << 20)
-        blob[:: 4096] = b"x" * len(blob[::4096])
+        blob[::4096] = b"x" * len(blob[::4096])
         subprocess.run([sys.executable, "-c", "sum(range(3_000_000))"], check=True)
     assert meter.peak_rss_bytes > 40 << 20
-    assert 0 < meter.cpu_seconds
+    assert meter.cpu_seconds > 0
     assert meter.wall_seconds > 0
 
 
 class _Page(HTMLParser):
     """Counts tags, checks that they close, and collects addresses."""
 
-    VOID = {"meta", "br", "line", "circle", "polyline"}
+    VOID = {"meta", "br"}
 
     def __init__(self) -> None:
         super().__init__()
@@ -182,7 +187,7 @@ def test_command_can_be_typed_again(full: Report) -> None:
 
 def test_axes_are_round_and_hold_their_values() -> None:
     axis = charts.axis([0.13, 9.7], 0, 100, zero=True)
-    assert axis.ticks() == [0, 2, 4, 6, 8, 10]
+    assert axis.ticks() == [0, 2.5, 5, 7.5, 10]
     assert axis.at(axis.low) == 0
     assert axis.at(axis.high) == 100
     log = charts.axis([0.002, 40], 100, 0, log=True)

@@ -27,14 +27,9 @@ HOSTILE = {
     "self": "{{ self.__init__.__globals__.__builtins__.__import__('os').system('touch CANARY') }}",
     "self._TemplateReference__context": "{{ self._TemplateReference__context.environment }}",
     "mro": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
-    "attr filter": "{{ ''|attr('__class__')|attr('__mro__') }}",
     "attr filter spelt": "{{ ''|attr('\\x5f\\x5fclass\\x5f\\x5f') or 1/0 }}",
-    "map attribute": "{{ [raise_exception]|map(attribute='__globals__')|list or 1/0 }}",
     "format string": "{{ '{0.__class__.__init__.__globals__}'.format(raise_exception) or 1/0 }}",
-    "format_map": "{{ '{x.__globals__}'.format_map({'x': raise_exception}) }}",
     "format by map": "{{ (['{0.__class__.__mro__}']|map('format', raise_exception)|list)[0].x.y }}",
-    "str.format indirectly": "{% set f = '{0.__globals__}'|attr('format') %}{{ f(raise_exception) }}",
-    "raise_exception globals": "{{ raise_exception.__globals__ }}",
     "function code": "{{ strftime_now.__code__.co_consts }}",
     "generator frame": "{% set g = messages|map('upper') %}{{ g.gi_frame.f_back.f_globals }}",
     "mutate": "{% set _ = messages.append({'role': 'x'}) %}{{ messages }}",
@@ -48,7 +43,7 @@ HOSTILE = {
     "10^9 in pieces": "{% for i in range(99999) %}{{ 'a' * 10**4 }}{% endfor %}",
     "10^10 by doubling": "{% set n = namespace(s='ab') %}{% for i in range(40) %}{% set n.s = n.s + n.s %}{% endfor %}"
     "{{ n.s }}",
-    "power": "{{ (9**9)**9**7 }}",
+    "power": "{{ 9**(9**9) }}",
     "padding": "{{ '%999999999999d' % 1 }}",
     "padding by center": "{{ 'a'|center(10**10) }}",
     "big list": "{{ ([1] * 10**10)|length }}",
@@ -61,16 +56,33 @@ HOSTILE = {
 }
 
 
+# Attribute climbs that the sandbox answers with nothing, so the template goes on without what it wanted.
+INERT = {
+    "{{ ''|attr('__class__')|attr('__mro__') }}": "",
+    "{{ [raise_exception]|map(attribute='__globals__')|list }}": "[Undefined]",
+    "{{ '{x.__globals__}'.format_map({'x': raise_exception}) }}": "",
+    "{% set f = '{0.__globals__}'|attr('format') %}{{ f(raise_exception) }}": "",
+    "{{ raise_exception.__globals__ }}": "",
+    "{{ messages.__class__ }}": "",
+    "{{ messages[0].__init__ }}": "",
+}
+
+
+@pytest.mark.parametrize("template", INERT)
+def test_inert(template: str) -> None:
+    with Renderer(template, {}) as renderer:
+        assert renderer.render(HI) == INERT[template]
+
+
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_hostile(tmp_path: Path, kind: str) -> None:
     canary, start = tmp_path / "canary", time.monotonic()
     child = None
-    with pytest.raises(ModelError) as caught:
-        with Renderer(HOSTILE[kind].replace("CANARY", str(canary)), {}) as renderer:
-            try:
-                renderer.render(HI)
-            finally:
-                child = renderer._child
+    with pytest.raises(ModelError) as caught, Renderer(HOSTILE[kind].replace("CANARY", str(canary)), {}) as renderer:
+        try:
+            renderer.render(HI)
+        finally:
+            child = renderer._child
     text = str(caught.value)
     assert text.isprintable() and len(text) <= 250 and caught.value.exit_code == 6
     assert not canary.exists()
@@ -136,16 +148,19 @@ def test_a_forked_process_has_its_own_child() -> None:
 
 TEMPLATES = {
     "trim": "{%- for m in messages %}\n    {%- if m.role == 'user' %}\nU: {{ m.content | trim }}\n    {%- else %}\n"
-    "  A: {{ m['content'] }}{{ eos_token }}\n    {%- endif %}\n{%- endfor %}\n{% if add_generation_prompt %}\nA:{% endif %}",
+    "  A: {{ m['content'] }}{{ eos_token }}\n    {%- endif %}\n{%- endfor %}\n"
+    "{% if add_generation_prompt %}\nA:{% endif %}",
     "loopcontrols": "{% for m in messages %}{% if m.role == 'system' %}{% continue %}{% endif %}{{ loop.index0 }}"
     "{{ m.content }}{% if loop.index > 2 %}{% break %}{% endif %}{% endfor %}",
     "tojson": "{{ messages | tojson }}{{ messages | tojson(indent=2) }}{{ '<&>\\u00e9' | tojson }}",
-    "generation": "{% for m in messages %}{% generation %}{{ m.content }}{{ loop.index }}{% endgeneration %}{% endfor %}",
+    "generation": "{% for m in messages %}{% generation %}{{ m.content }}{{ loop.index }}{% endgeneration %}"
+    "{% endfor %}",
     "namespace": "{% set n = namespace(k=0) %}{% for m in messages %}{% set n.k = n.k + 1 %}{% endfor %}{{ n.k }}",
     "tools": "{% if tools %}T{% endif %}{% if tools is none and documents is none %}none{% endif %}"
     "{{ 'x' if custom is defined else 'y' }}{{ bos_token }}",
     "reversed": "{% for m in messages[::-1] %}{{ m.content.split('\\n')[-1].strip('!') }}{% endfor %}",
-    "macro": "{% macro show(m) %}[{{ m.role }}: {{ m.content }}]{% endmacro %}{% for m in messages %}{{ show(m) }}{% endfor %}",
+    "macro": "{% macro show(m) %}[{{ m.role }}: {{ m.content }}]{% endmacro %}"
+    "{% for m in messages %}{{ show(m) }}{% endfor %}",
 }
 CONVERSATIONS: list[list[dict[str, str]]] = [
     [{"role": "user", "content": "hi"}],

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
-
+from edgellm_plugins.compression import layerwise
 from edgellm_plugins.compression.gptq import Config, method
 from edgellm_plugins.compression.gptq.method import Gptq, inverse_factor, refit, row_errors, sweep
 from edgellm_plugins.compression.gptq.uniform import Uniform
 from edgellm_plugins.compression.layerwise import Group
+from torch import Tensor
+
 from edgellm_sdk.config import build
-from edgellm_sdk.errors import ConfigError, ModelError
+from edgellm_sdk.context import Context
+from edgellm_sdk.errors import ConfigError, DataError, ModelError
 from edgellm_sdk.kit import blocks, gptq_format
 from edgellm_sdk.kit.blocks import Lattice, Parameters
+from edgellm_sdk.models import resolve
+from edgellm_sdk.types import Dataset, Example, ModelHandle
 
 BLOCK_FORMATS = tuple(blocks.FORMATS)
 
@@ -271,3 +283,204 @@ def test_options_that_cannot_be_stored_are_refused() -> None:
     with pytest.raises(ModelError, match="32-bit words"):
         Gptq(Config(format="int3")).solve(narrow)
     assert method.TILE == 32
+
+
+TEXT = "a small model learns on a small device from private messages, and classifies every one of them. "
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "calibration.txt"
+    path.write_text("".join(f"{TEXT}{number} pounds. " for number in range(80)))
+    return path
+
+
+def compressed(model: Path, folder: Path, text: Path, **options: Any) -> ModelHandle:
+    ctx = Context(folder, seed=1)
+    config = build(
+        Config, {"calibration_samples": 4, "calibration_length": 32, "calibration_text": str(text), **options}, "gptq"
+    )
+    return method.compress(resolve(str(model)), None, config, ctx)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.mark.parametrize("name", ["q4_0", "q4_1", "int4", "int3"])
+def test_a_compressed_model_loads_as_what_was_written(name: str, tiny_llama: Path, text: Path, tmp_path: Path) -> None:
+    handle = compressed(tiny_llama, tmp_path / "run", text, format=name, group_size=32)
+    before, after = resolve(str(tiny_llama)).load().model, handle.load().model
+    layers = json.loads((tmp_path / "run" / "layers.json").read_text())["layers"]
+    assert [row["name"].split(".", 3)[3] for row in layers[:7]] == [
+        "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+        "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
+    ]  # fmt: skip
+    assert len(layers) == 14 and sum(row["gptq"] < row["rtn"] for row in layers) >= 13
+    quantised = {row["name"] + ".weight" for row in layers}
+    old, new = before.state_dict(), after.state_dict()
+    for key, value in old.items():
+        assert torch.equal(new[key], value) == (key not in quantised), key
+    error = (new[key := layers[0]["name"] + ".weight"] - old[key]).norm() / old[key].norm()
+    assert 0.01 < error < (0.25 if name != "int3" else 0.5)
+    assert not (tmp_path / "run" / "checkpoint").exists() or not list((tmp_path / "run" / "checkpoint").iterdir())
+    if name.startswith("int"):
+        stored = {"quant_method": "gptq", "checkpoint_format": "gptq_v2", "bits": int(name[3]), "group_size": 32}
+        settings = json.loads((handle.path / "config.json").read_text())["quantization_config"]
+        assert stored.items() <= settings.items()
+        assert resolve(str(handle.path)).dtype == "gptq"
+    with pytest.raises(ModelError, match="already quantised"):
+        compressed(handle.path, tmp_path / "again", text, format=name)
+
+
+def test_groups_are_found_and_the_model_is_left_alone(tiny_llama: Path) -> None:
+    model = resolve(str(tiny_llama)).load().model
+    body, layers = layerwise.decoder(model)
+    groups = layerwise.groups_of(body, layers, torch.arange(16)[None])
+    assert groups[1] == [
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.o_proj",),
+        ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",),
+    ]  # fmt: skip
+    assert not any(m._forward_pre_hooks or "forward" in m.__dict__ for m in model.modules())
+
+
+class Recorder:
+    """A method that changes weights in a simple way and keeps the Hessians it was given."""
+
+    def __init__(self, factor: float = 0.5) -> None:
+        self.factor = factor
+        self.hessians: dict[str, Tensor] = {}
+
+    def solve(self, group: Group) -> layerwise.Solved:
+        self.hessians[group.names[0]] = group.hessian.clone()
+        arrays = {n: (w * self.factor).numpy() for n, w in zip(group.names, group.weights, strict=True)}
+        return layerwise.Solved(arrays, ({"tokens": group.tokens},))
+
+    def restore(self, name: str, arrays: Any) -> Any:
+        return arrays[name]
+
+
+@pytest.mark.parametrize("sequential", [True, False])
+@pytest.mark.parametrize("memory", [None, 1])
+def test_each_group_sees_what_its_compressed_predecessors_put_out(
+    sequential: bool, memory: int | None, tiny_llama: Path, tmp_path: Path
+) -> None:
+    """Against the plain way: a whole forward of the model for every group. One batch or many make no difference."""
+    windows = torch.randint(384, (4, 24), generator=torch.Generator().manual_seed(0))
+    model, recorder = resolve(str(tiny_llama)).load().model, Recorder()
+    untouched = {k: v.clone() for k, v in model.state_dict().items()}
+    ctx = Context(tmp_path, memory=memory)
+    _, records = layerwise.walk(model, windows, recorder, ctx, title="t", key="k", sequential=sequential)
+    assert all(torch.equal(v, untouched[k]) for k, v in model.state_dict().items())
+    assert records == [{"tokens": 96}] * 8
+    seen: list[Tensor] = []
+    _, layers = layerwise.decoder(model)
+    for number in range(2):
+        for names in layerwise.groups_of(model.model, layers, windows)[number]:
+            first = model.get_submodule(f"model.layers.{number}.{names[0]}")
+            handle = first.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+            with torch.no_grad():
+                model(windows)
+            handle.remove()
+            x = seen.pop().reshape(-1, first.in_features)
+            expected = 2 / 4 * x.t() @ x
+            assert torch.allclose(
+                recorder.hessians[f"model.layers.{number}.{names[0]}"], expected, rtol=1e-3, atol=1e-3
+            )
+            for name in names if sequential else ():
+                model.get_submodule(f"model.layers.{number}.{name}").weight.data.mul_(0.5)
+
+
+def test_a_killed_run_continues_to_the_same_bytes(make_tiny_llama: Any, text: Path, tmp_path: Path) -> None:
+    """kill -9 at many moments, each followed by a rerun, against a run left in peace."""
+    model = make_tiny_llama(tmp_path / "tiny", layers=5)
+    compressed(model, tmp_path / "calm", text)
+    program = (
+        "import sys, torch; torch.set_num_threads(1)\n"
+        "from pathlib import Path\n"
+        "from edgellm_sdk.context import Context\n"
+        "from edgellm_sdk.models import resolve\n"
+        "from edgellm_plugins.compression.gptq import Config, method\n"
+        "config = Config(calibration_samples=4, calibration_length=32, calibration_text=sys.argv[3])\n"
+        "method.compress(resolve(sys.argv[1]), None, config, Context(Path(sys.argv[2]), seed=1))\n"
+    )
+    run = tmp_path / "killed"
+    command = [sys.executable, "-c", program, str(model), str(run), str(text)]
+    marker = run / "checkpoint"
+    for blocks_done in (1, 3):
+        process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        while process.poll() is None and len(list(marker.glob("gptq-*.safetensors"))) < blocks_done:
+            time.sleep(0.001)
+        process.kill()
+        process.wait()
+    kept = len(list(marker.glob("gptq-*.safetensors")))
+    assert subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False).returncode == 0
+    assert kept >= 1 or (run / "model").is_dir()
+    assert contents(run / "model") == contents(tmp_path / "calm" / "model")
+    assert (run / "layers.json").read_bytes() == (tmp_path / "calm" / "layers.json").read_bytes()
+
+
+def test_a_checkpoint_of_another_job_is_not_used(tiny_llama: Path, tmp_path: Path) -> None:
+    model, windows = resolve(str(tiny_llama)).load().model, torch.arange(48).view(2, 24)
+    ctx = Context(tmp_path)
+    first, _ = layerwise.walk(model, windows, Recorder(0.5), ctx, title="t", key="a")
+    again, _ = layerwise.walk(model, windows, Recorder(0.25), ctx, title="t", key="a")
+    other, _ = layerwise.walk(model, windows, Recorder(0.25), ctx, title="t", key="b")
+    name = "model.layers.0.self_attn.q_proj"
+    assert np.array_equal(first[name], again[name]) and np.array_equal(first[name], 2 * other[name])
+    torn = tmp_path / "checkpoint" / "t-0001.safetensors"
+    torn.write_bytes(torn.read_bytes()[:-9])
+    resumed, _ = layerwise.walk(model, windows, Recorder(0.25), ctx, title="t", key="b")
+    assert all(np.array_equal(resumed[k], other[k]) for k in other)
+
+
+def test_calibration_text_and_data(tiny_llama: Path, text: Path, tmp_path: Path) -> None:
+    tokenizer, ctx = resolve(str(tiny_llama)).load().tokenizer, Context(tmp_path, seed=3)
+    windows = layerwise.calibration(tokenizer, None, str(text), 5, 16, ctx)
+    assert windows.shape == (5, 16) and torch.equal(
+        windows, layerwise.calibration(tokenizer, None, str(text), 5, 16, ctx)
+    )
+    data = Dataset(tuple(Example("say it", f"{TEXT}{n}") for n in range(40)), "f", "my.jsonl")
+    from_data = layerwise.calibration(tokenizer, data, "", 5, 16, ctx)
+    assert from_data.shape == (5, 16) and not torch.equal(from_data, windows) and not ctx.notes
+    few = layerwise.calibration(tokenizer, data.__class__(data.examples[:1], "g"), "", 500, 16, ctx)
+    assert 1 <= len(few) < 500 and "not 500" in ctx.notes[0]
+    with pytest.raises(DataError, match="nothing to calibrate on"):
+        layerwise.calibration(tokenizer, None, "", 5, 16, ctx)
+    with pytest.raises(DataError, match="one window needs 4096"):
+        layerwise.calibration(tokenizer, Dataset(data.examples[:2], "g"), "", 5, 4096, ctx)
+    with pytest.raises(DataError, match="cannot be read"):
+        layerwise.calibration(tokenizer, None, str(tmp_path / "nothing"), 5, 16, ctx)
+    text.write_bytes(b"abc\xff")
+    with pytest.raises(DataError, match="byte 3"):
+        layerwise.calibration(tokenizer, None, str(text), 5, 16, ctx)
+
+
+def test_bfloat16_forwards_give_nearly_the_same_layers(tiny_llama: Path, text: Path, tmp_path: Path) -> None:
+    errors = []
+    for dtype in ("float32", "bfloat16"):
+        compressed(tiny_llama, tmp_path / dtype, text, dtype=dtype)
+        rows = json.loads((tmp_path / dtype / "layers.json").read_text())["layers"]
+        errors.append(sum(row["gptq"] for row in rows))
+    assert errors[1] == pytest.approx(errors[0], rel=0.1)
+
+
+def test_a_model_without_decoder_blocks_is_refused() -> None:
+    with pytest.raises(ModelError, match="no decoder blocks"):
+        layerwise.decoder(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("name", ["q4_0", "int3"])
+def test_it_beats_round_to_nearest_on_the_real_model(name: str, smollm2: ModelHandle, tmp_path: Path) -> None:
+    """>= 95 % of linears. Not on q4_1: the shipped weights lie on that very grid, where rounding has no error at all.
+    Three of the 30 blocks and 4 windows keep it short; the benchmark does all of them."""
+    loaded = smollm2.load()
+    del loaded.model.model.layers[3:]
+    loaded.model.config.num_hidden_layers = 3
+    words = "The weather in the north was cold, and the ships that came in brought news of a long war. "
+    ids = loaded.tokenizer(" ".join(f"{words}{n}" for n in range(100)))["input_ids"][:1024]
+    _, records = layerwise.walk(
+        loaded.model, torch.tensor(ids).view(4, 256), Gptq(Config(format=name)), Context(tmp_path), title="g", key="k"
+    )
+    assert len(records) == 21 and sum(row["gptq"] < row["rtn"] for row in records) >= 0.95 * 21

@@ -219,8 +219,21 @@ class _Block:
             assert isinstance(weight, Tensor)
             weight.copy_(torch.from_numpy(self.method.restore(self.prefix + name, self.arrays)))
 
+    def skip(self, kept: tuple[dict[str, Any], dict[str, Any]] | None) -> None:
+        """Take over what an earlier run computed, so that `forward` only runs the block."""
+        assert kept is not None
+        self.arrays = kept[0]
+        for names in self.groups:
+            self.put(names)
+        self.current = len(self.groups)
+
     def forward(self, hidden: list[Tensor], arguments: Mapping[str, Any]) -> None:
-        """All batches through the block; `hidden` holds its outputs afterwards."""
+        """All batches through the block, solving its groups on the way; `hidden` holds its outputs afterwards."""
+        first = [self.module.get_submodule(names[0]) for names in self.groups]
+        with _hooks([m.register_forward_pre_hook(self.hook(i)) for i, m in enumerate(first)]):
+            self._forward(hidden, arguments)
+
+    def _forward(self, hidden: list[Tensor], arguments: Mapping[str, Any]) -> None:
         done = [False] * len(hidden)
         while not all(done):
             for self.batch in range(len(hidden)):
@@ -265,42 +278,30 @@ def walk(
     """
     body, layers = decoder(model)
     prefix = next(name for name, module in model.named_modules() if module is layers)
-    arrays: dict[str, Array] = {}
-    records: list[dict[str, Any]] = []
-    finished = _finished(ctx, title, key, len(layers))
+    done = len(_finished(ctx, title, key, len(layers)))
     with ctx.progress(title, total=len(layers)) as bar:
-        if len(finished) < len(layers):
+        if done < len(layers):
             size = batch_size(len(windows), windows.shape[1], layers, dtype, ctx.memory)
             batches = [windows[i : i + size] for i in range(0, len(windows), size)]
             plan = groups_of(body, layers, windows)
             hidden, arguments = embed(body, layers, batches, dtype)
-        for number, layer in enumerate(layers):
-            if number < len(finished):
-                stored, rows = finished[number]
-            else:
-                stored, rows = {}, []
-            if len(finished) < len(layers):
+            for number, layer in enumerate(layers):
                 block = _Block(
-                    number, f"{prefix}.{number}.", copy.deepcopy(layer).to(dtype), {}, plan[number], method,
-                    sequential, len(batches), arrays=dict(stored), records=list(rows),
+                    number=number, prefix=f"{prefix}.{number}.", module=copy.deepcopy(layer).to(dtype),
+                    sources={name: _weight(layer, name) for names in plan[number] for name in names},
+                    groups=plan[number], method=method, replace=sequential, batches=len(batches),
                 )  # fmt: skip
-                block.sources = {n: _weight(layer, n) for group in block.groups for n in group}
-                if number < len(finished):
-                    for names in block.groups:
-                        block.put(names)
-                    block.current = len(block.groups)
-                handles = [
-                    block.module.get_submodule(names[0]).register_forward_pre_hook(block.hook(index))
-                    for index, names in enumerate(block.groups)
-                ]
-                with _hooks(handles):
-                    block.forward(hidden, arguments[number])
-                stored, rows = block.arrays, block.records
-                if number >= len(finished):
-                    ctx.checkpoint(_checkpoint(title, number), stored, {"key": key, "records": rows})
-            arrays.update(stored)
-            records += rows
-            bar.advance(1, f"block {number + 1}/{len(layers)}")
+                if number < done:
+                    block.skip(ctx.resume(_checkpoint(title, number)))
+                block.forward(hidden, arguments[number])
+                if number >= done:
+                    ctx.checkpoint(_checkpoint(title, number), block.arrays, {"key": key, "records": block.records})
+                bar.advance(1, f"block {number + 1}/{len(layers)}")
+    arrays: dict[str, Array] = {}
+    records: list[dict[str, Any]] = []
+    for stored, rows in _finished(ctx, title, key, len(layers)):  # kept on disk until now, not in memory
+        arrays.update(stored)
+        records += rows
     return arrays, records
 
 

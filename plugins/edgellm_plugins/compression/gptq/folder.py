@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,6 +52,20 @@ def job_key(model: ModelHandle, config: Config, windows: Array) -> str:
     """Identity of a job, for its checkpoints: the model, the options and every calibration token."""
     text = json.dumps([model.digest, PLUGIN.version, described(config)], sort_keys=True)
     return hashlib.sha256(text.encode() + windows.astype("<i8").tobytes()).hexdigest()
+
+
+def summarise(records: Sequence[Mapping[str, Any]], config: Config, ctx: Context) -> None:
+    """The measured loss of every layer into `ctx.folder / "layers.json"`, two curves and a note."""
+    for number, row in enumerate(records):
+        ctx.curve("relative output error over layers, gptq", number, row["gptq"])
+        ctx.curve("relative output error over layers, round to nearest", number, row["rtn"])
+    store.write_json(ctx.folder / "layers.json", {"config": described(config), "layers": list(records)})
+    gptq, plain = (sum(row[key] for row in records) / len(records) for key in ("gptq", "rtn"))
+    better = sum(row["gptq"] < row["rtn"] for row in records)
+    ctx.note(
+        f"gptq {config.format}: mean relative output error {gptq:.5f}, round to nearest {plain:.5f}; "
+        f"smaller in {better} of {len(records)} layers"
+    )
 
 
 @contextmanager

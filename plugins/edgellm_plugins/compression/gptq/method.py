@@ -24,14 +24,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from edgellm_plugins.compression import layerwise
 from edgellm_plugins.compression.gptq import INTEGERS, Config, folder
 from edgellm_plugins.compression.gptq.uniform import Uniform
-from edgellm_sdk import store
 from edgellm_sdk.errors import ModelError
 from edgellm_sdk.kit import blocks, gptq_format
 from edgellm_sdk.kit.blocks import Parameters
@@ -292,6 +290,8 @@ def compress(model: ModelHandle, data: Dataset | None, config: Config, ctx: Cont
     """
     folder.refuse_quantised(model)
     loaded = model.load(dtype="float32", merge=True)
+    if loaded.tokenizer is None:
+        raise ModelError("has no tokenizer to calibrate with", str(model.path))
     windows = layerwise.calibration(
         loaded.tokenizer, data, config.calibration_text, config.calibration_samples, config.calibration_length, ctx
     )
@@ -301,16 +301,7 @@ def compress(model: ModelHandle, data: Dataset | None, config: Config, ctx: Cont
     arrays, records = layerwise.walk(
         loaded.model, windows, method, ctx, title="gptq", key=key, dtype=dtype, sequential=config.sequential
     )
-    for number, row in enumerate(records):
-        ctx.curve("relative output error over layers, gptq", number, row["gptq"])
-        ctx.curve("relative output error over layers, round to nearest", number, row["rtn"])
-    store.write_json(ctx.folder / "layers.json", {"config": folder.described(config), "layers": records})
-    better = sum(row["gptq"] < row["rtn"] for row in records)
-    means = [float(np.mean([row[k] for row in records])) for k in ("gptq", "rtn")]
-    ctx.note(
-        f"gptq {config.format}: mean relative output error {means[0]:.5f}, round to nearest {means[1]:.5f}; "
-        f"better on {better} of {len(records)} layers"
-    )
+    folder.summarise(records, config, ctx)
     handle = folder.write(model, loaded.model, arrays, config, ctx)
     layerwise.forget(ctx, "gptq")
     return handle
