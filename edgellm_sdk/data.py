@@ -171,6 +171,13 @@ def _is_folder(path: Path) -> bool:
         return False
 
 
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
+
+
 def _files(source: str) -> dict[str, Path]:
     """Split name -> file, for a folder; DataError when there is none or two for one split."""
     folder = Path(source)
@@ -240,6 +247,8 @@ def read(source: str, split: str = "train", task_prompt: str | None = None) -> D
                 others = [_rows(files[other]) for other in files if other != split]
                 labels = {row.label for other in others for row in other if row.label is not None}
         else:
+            if "/" not in source and "." not in source and not _exists(path):
+                raise DataError(f"no such file, folder or built-in data set ({BUILT_IN})", source)
             rows = _rows(path)
     if not isinstance(rows[0], _Labelled):
         return _dataset([row for row in rows if isinstance(row, Example)], name, ())
@@ -328,4 +337,4 @@ def has_split(source: str, split: str) -> bool:
     """Whether `source` has a file of its own for `split`; a single file has none."""
     if source == BUILT_IN:
         return True
-    return "\0" not in source and Path(source).is_dir() and split in _files(source)
+    return _is_folder(Path(source)) and split in _files(source)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from edgellm_sdk import ledger, registry
 from edgellm_sdk.config import build
 from edgellm_sdk.errors import ConfigError, EdgeLLMError, GateError, ModelError
-from edgellm_sdk.run import Relay
+from edgellm_sdk.relay import Relay
 from edgellm_sdk.types import Artifact, ModelHandle, Prompt, Session
 
 if TYPE_CHECKING:

@@ -30,10 +30,10 @@ _BOMS = (
 
 
 def bad(path: Path, line: int, cause: str, fix: str = "") -> DataError:
-    """`path:line: cause`. A long path keeps its end, so the line number is always in the message."""
+    """`path:line: cause`, or `path: cause` for line 0. A long path keeps its end, so the cause is always shown."""
     name = printable(os.fsencode(path).decode("utf-8", "backslashreplace"))
     name = name if len(name) <= 120 else "..." + name[-117:]
-    return DataError(f"{name}:{line}: {cause}", fix=fix)
+    return DataError(f"{name}:{line}: {cause}" if line else f"{name}: {cause}", fix=fix)
 
 
 def open_regular(path: Path) -> BinaryIO:

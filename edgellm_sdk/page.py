@@ -19,7 +19,16 @@ if TYPE_CHECKING:
 
 MOST_ROWS = 30
 WANTED = ("wanted", "expected")
-FIRST_METRICS = ("balanced accuracy", "accuracy", "perplexity", "loss", "size", "uploaded", "downloaded")
+FIRST_METRICS = (
+    "balanced accuracy",
+    "accuracy",
+    "perplexity",
+    "validation loss",
+    "loss",
+    "size",
+    "uploaded",
+    "downloaded",
+)
 X_LABELS = {"forwards": "perturbed inferences", "seconds": "seconds", "rounds": "rounds", "steps": "accepted steps"}
 FAMILIES = ("loss", "accuracy", "perplexity", "variance", "perturbations")
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e-?\d+)?")
@@ -27,6 +36,7 @@ _NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e-?\d+)?")
 
 def render(reports: Sequence[Report]) -> str:
     """The reports in order, each with its figures; of several, the last one's tables come first."""
+    reports = [type(report).from_json(report.to_json()) for report in reports]  # as in the file, paths portable
     style = (resources.files("edgellm_sdk") / "assets" / "page.css").read_text(encoding="utf-8")
     verbs = " → ".join(report.verb for report in reports)
     started = reports[0].started.replace("T", " ").replace("Z", " UTC") if reports else ""
@@ -221,13 +231,15 @@ def _megabytes(value: Any, column: str) -> float | None:
 
 
 def _charts(report: Report) -> str:
-    """Curves `y over x`, one figure for each family of y and each x; rounds are left out where better x exist."""
+    """Curves `y over x` or `y over x, series`: one figure for each family of y and each x, without rounds where there
+    are forwards."""
     groups: dict[tuple[str, str], dict[str, charts.Points]] = {}
     for name, points in report.curves.items():
         y, _, x = name.rpartition(" over ")
+        x, _, series = x.partition(", ")
         if points:
             family = next((f for f in FAMILIES if f in y), y or name)
-            groups.setdefault((family, x if y else ""), {})[y or name] = points
+            groups.setdefault((family, x if y else ""), {})[series or y or name] = points
     families = {family for family, _ in groups}
     drawn = []
     for family in sorted(families, key=lambda f: (FAMILIES.index(f) if f in FAMILIES else len(FAMILIES), f)):
@@ -348,7 +360,7 @@ def _artifacts(artifacts: Sequence[Mapping[str, Any]]) -> str:
 
 def _details(report: Report) -> str:
     """The exact command, every setting, and what the figures depend on."""
-    settings = [[name, value] for name, value in [*report.config.items(), *report.options.items()]]
+    settings = [[name, cell(value)] for name, value in [*report.config.items(), *report.options.items()]]
     environment = [
         [name.removesuffix("_bytes").replace("_", " "), size(v) if name.endswith("_bytes") and v else v]
         for name, v in report.environment.items()

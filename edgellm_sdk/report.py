@@ -122,11 +122,15 @@ class Report:
         except (TypeError, ValueError, AttributeError, KeyError) as error:
             raise ModelError(f"is not a report: {error}", where) from None
 
+    def write_json(self, folder: Path) -> None:
+        """`report.json` in `folder`, atomically."""
+        store.write_json(folder / JSON, self.to_json())
+
     def write(self, folder: Path) -> None:
         """`report.json` and `report.html` in `folder`, each atomically."""
         from edgellm_sdk.page import render
 
-        store.write_json(folder / JSON, self.to_json())
+        self.write_json(folder)
         store.write_bytes(folder / HTML, render([self]).encode())
 
 

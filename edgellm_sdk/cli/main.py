@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
 import signal
 import sys
-import tempfile
-import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,9 @@ from edgellm_sdk.cli import files, machine, plugins, train
 from edgellm_sdk.cli.verb import HELP, Answer, Request, Verb, add, take_apart
 from edgellm_sdk.config import nearest
 from edgellm_sdk.errors import EdgeLLMError, Interrupted, StorageError, UsageError, printable
+from edgellm_sdk.store import storage_error
 
+STDOUT_FAILS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
 SUMMARY = "Personalise a language model on private data, shrink it, export it, prove the export, run it."
 GROUPS = {
     "plugins": "The methods: list, info, new, doctor.",
@@ -70,9 +71,12 @@ def _guarded(call: Call) -> int:
     except typer.Abort:
         return _tell(Interrupted(signal.SIGINT), call)
     except OSError as error:
-        if _stdout_is_stuck():
-            return _tell(StorageError(f"cannot write the result: {error.strerror}", "standard output"), call)
-        return _crash(error, call)
+        if error.filename is not None:
+            return _tell(storage_error(error, Path(os.fsdecode(error.filename))), call)
+        if error.errno not in STDOUT_FAILS:
+            return _crash(error, call)
+        _drop_stdout()  # of all files only this one is written to without a name
+        return _tell(StorageError(f"cannot write the result: {error.strerror}", "standard output"), call)
     except Exception as error:
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # click's, wherever typer keeps it
             return _tell(UsageError(error.format_message().rstrip("."), "", "see --help"), call)
@@ -81,16 +85,6 @@ def _guarded(call: Call) -> int:
 
 def _drop_stdout() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _stdout_is_stuck() -> bool:
-    """Whether standard output refuses what is written to it; its buffer is thrown away so that exit stays quiet."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        _drop_stdout()
-        return True
-    return False
 
 
 def _run(call: Call) -> None:
@@ -111,15 +105,19 @@ def _run(call: Call) -> None:
         names = ", ".join(row.name for row in registry.for_stage(verb.stage)) or "none is installed"
         raise UsageError("needs --plugin NAME", f"edgellm {verb.path}", f"there is {names}")
 
+    answers: list[str] = []
+
     def answer(request: Request) -> None:
         call.output = str(getattr(request.settings, "output", ""))
-        call.code = _print(verb.run(request), request.json)
+        answers.append(_told(call, verb.run(request), request.json))
 
     app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
     epilog = (verb.more() if loaded is None else _about(loaded)) if wants_help else ""
     add(app, verb, loaded, typed, answer, epilog)
     command = typer.main.get_command(app)
     command.main(args=typed.args, prog_name=f"edgellm {verb.path}", standalone_mode=False)
+    if answers and answers[0]:  # here and not within typer, which has its own mind about closed pipes
+        print(answers[0])
 
 
 def _options_part(args: Sequence[str]) -> Sequence[str]:
@@ -131,14 +129,12 @@ def _about(loaded: registry.Loaded) -> str:
     return f"{plugin.name}: {plugin.summary}" + (f" ({plugin.paper})" if plugin.paper else "")
 
 
-def _print(answer: Answer | None, as_json: bool) -> int:
+def _told(call: Call, answer: Answer | None, as_json: bool) -> str:
+    """What goes to standard output; the exit code is noted in `call`."""
     if answer is None:
-        return 0
-    if as_json:
-        print(json.dumps(answer.value, indent=2, allow_nan=False))
-    elif answer.text:
-        print(answer.text)
-    return answer.code
+        return ""
+    call.code = answer.code
+    return json.dumps(answer.value, indent=2, allow_nan=False) if as_json else answer.text
 
 
 def _choose(args: Sequence[str]) -> tuple[Verb | None, list[str]]:
@@ -210,6 +206,9 @@ def _say(text: str) -> None:
 
 def _crash(error: Exception, call: Call) -> int:
     """Our bug: a traceback in a file, without the message (it may quote the user's data) unless --verbose."""
+    import tempfile
+    import traceback
+
     kind = type(error).__name__
     trace = "".join(traceback.format_tb(error.__traceback__))
     text = f"edgellm {__version__}, Python {sys.version.split()[0]}\n{trace}{kind}"

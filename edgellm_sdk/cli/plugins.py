@@ -33,10 +33,9 @@ def listing(request: Request) -> Answer:
 
 def info(request: Request) -> Answer:
     """One plugin: what it is and its options with bounds and units."""
-    row = registry.describe(registry.find(request.words[0]))
-    if row.state == "broken":
-        raise PluginError(f"plugin {row.name!r} is broken: {row.reason}", row.origin, "reinstall or remove it")
-    options = config.options(registry.get(row.name).plugin.config)
+    loaded = registry.get(request.words[0])
+    row = registry.describe(loaded.source)
+    options = config.options(loaded.plugin.config)
     described = [
         {
             "name": o.flag,

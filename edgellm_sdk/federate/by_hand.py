@@ -9,7 +9,7 @@ from pathlib import Path
 from edgellm_sdk import store, wire
 from edgellm_sdk.context import Context
 from edgellm_sdk.errors import FederationError, ModelError
-from edgellm_sdk.run import Relay
+from edgellm_sdk.relay import Relay
 from edgellm_sdk.types import State, Update
 
 WEIGHTS = "adapter_model.safetensors"

@@ -8,7 +8,7 @@ from edgellm_sdk import wire
 from edgellm_sdk.context import Context
 from edgellm_sdk.errors import ConfigError, DeviceError, EdgeLLMError, Interrupted, PluginError, StorageError
 from edgellm_sdk.federate.rounds import Engine, Failure
-from edgellm_sdk.run import Relay
+from edgellm_sdk.relay import Relay
 from edgellm_sdk.types import Dataset, ModelHandle
 
 NOT_THE_CLIENTS_FAULT = (ConfigError, DeviceError, Interrupted, PluginError, StorageError)

@@ -17,7 +17,7 @@ from edgellm_sdk import wire
 from edgellm_sdk.context import Context
 from edgellm_sdk.errors import FederationError, ModelError
 from edgellm_sdk.federate.ledger import Ledger, Line
-from edgellm_sdk.run import Relay
+from edgellm_sdk.relay import Relay
 from edgellm_sdk.types import Assignment, Metric, State, Update
 
 CHECKPOINT = "state"

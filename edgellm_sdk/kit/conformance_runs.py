@@ -40,7 +40,7 @@ class Subject:
     options: Mapping[str, Any]
 
     def relay(self) -> Any:
-        from edgellm_sdk.run import Relay
+        from edgellm_sdk.relay import Relay
 
         plugins = [self.loaded]
         hooks = set(self.loaded.hooks)

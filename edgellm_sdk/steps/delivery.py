@@ -14,13 +14,14 @@ from edgellm_sdk.errors import ConfigError, ModelError, StorageError
 from edgellm_sdk.gate import enforce, verify_export
 from edgellm_sdk.random import Stream
 from edgellm_sdk.report import Meter, Report
-from edgellm_sdk.run import Relay
+from edgellm_sdk.relay import Relay
 from edgellm_sdk.steps.examples import held_out, inherited_data
-from edgellm_sdk.steps.step import Outcome, prepare
+from edgellm_sdk.steps.step import Outcome, prepare, size_of
 from edgellm_sdk.types import Artifact, Metric, ModelHandle, Prompt, Session
 
 GATE_PROMPTS = 8
 SHOWN = 3
+SHOWN_TOKENS = 24
 PROMPTS: tuple[Prompt, ...] = tuple(
     ({"role": "user", "content": text},)
     for text in (
@@ -178,16 +179,16 @@ def evaluate(
             with ctx.progress(f"measuring on {device}", len(dataset)) as progress:
                 report.metrics |= scoring.of_session(session, dataset, progress.advance)
             report.metrics |= relay.measure(session, dataset, ctx)
-            for example in dataset.examples[:SHOWN]:
-                answer = session.generate(session.prompt_ids(example.prompt), 24)
-                report.examples.append(
-                    {"prompt": text_of(example.prompt), "wanted": example.completion, "got": answer.text}
-                )
+            for example in Stream(seed, "shown").sample(dataset.examples, min(SHOWN, len(dataset))):
+                answer = session.generate(session.prompt_ids(example.prompt), SHOWN_TOKENS)
+                shown = {"prompt": text_of(example.prompt), "expected": example.completion, "after": answer.text}
+                report.examples.append(shown)
             stats = session.stats()
         finally:
             session.close()
     report.finish(meter, ctx)
     report.metrics |= {
+        "size": Metric(what.path.stat().st_size if isinstance(what, Artifact) else size_of(what), "bytes"),
         "load time": Metric(stats.load_seconds, "s"),
         "prompt speed": Metric(stats.prompt_tokens / max(stats.prompt_seconds, 1e-9), "tokens/s", stats.prompt_tokens),
         "generation speed": Metric(

@@ -88,12 +88,13 @@ def mutants(raw: bytes, count: int) -> Iterator[bytes]:
         yield bytes(data)
 
 
+@pytest.mark.parametrize("count", [24, pytest.param(200, marks=pytest.mark.bar)])
 def test_mutants_that_reach_llama_cpp_never_hurt_the_parent(
-    tiny_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
 ) -> None:
     blind(monkeypatch)
     raw, target, outcomes = tiny_gguf.read_bytes(), tmp_path / "mutant.gguf", {"ran": 0, "refused": 0}
-    for data in mutants(raw, 24):
+    for data in mutants(raw, count):
         target.write_bytes(data)
         try:
             live = LlamaSession(target, FAST, Context(tmp_path))
@@ -110,7 +111,7 @@ def test_mutants_that_reach_llama_cpp_never_hurt_the_parent(
         finally:
             live.close()
             assert gone(live.pid)
-    assert outcomes["refused"] >= 8, outcomes
+    assert outcomes["refused"] >= count // 3, outcomes
 
 
 def test_the_strict_reader_comes_first(tiny_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,6 +191,39 @@ def test_a_worker_that_talks_nonsense(tmp_path: Path, monkeypatch: pytest.Monkey
         child.call({"do": "stats"})
     assert gone(child.pid)
     child.close()
+
+
+def test_a_worker_that_sends_too_much(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "flood.py").write_text(
+        textwrap.dedent(
+            """
+            import os, struct
+            while True:
+                os.write(1, struct.pack("<IQ", 14, 4096) + b'{"sequence":0}' + bytes(4096))
+            """
+        )
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    child = Child("flood", "x.gguf", 10.0, None)
+    parts: list[Any] = []
+    with pytest.raises(DeviceError, match="nonsense"):
+        child.call({"do": "logits"}, parts, 100_000)
+    assert len(parts) <= 25 and gone(child.pid)
+    child.close()
+
+
+def test_ctrl_c_leaves_the_child_to_the_parent(session: LlamaSession) -> None:
+    os.kill(session.pid, signal.SIGINT)
+    assert session.encode("a")
+
+
+def test_a_closed_session_says_so(tiny_gguf: Path, tmp_path: Path) -> None:
+    live = LlamaSession(tiny_gguf, FAST, Context(tmp_path))
+    live.close()
+    live.close()
+    assert gone(live.pid)
+    with pytest.raises(DeviceError, match="closed"):
+        live.encode("a")
 
 
 def test_the_child_knows_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import gguf
 import numpy as np
+from safetensors.numpy import load_file, save_file
 
 from edgellm_sdk.gguf_file import read
 
@@ -167,8 +169,54 @@ def truncated_vocabulary(draft: Draft) -> None:
 
 
 def wrong_epsilon(draft: Draft) -> None:
+    """1e-6 for 1e-5: the usual mistake, and one that hardly moves the logits."""
     key = "llama.attention.layer_norm_rms_epsilon"
-    draft.set(key, draft.metadata[key][1] * 100)
+    draft.set(key, draft.metadata[key][1] / 10)
+
+
+def add_lora(
+    folder: Path, base: Path, seed: int, layers: range, spread: float, scale: float, rank: int = 4
+) -> dict[str, tuple[Any, Any]]:
+    """Write a seeded PEFT LoRA on q (square) and v of `layers` of the HF folder `base`; {GGUF name: (A, B)}."""
+    draw, tensors, factors = np.random.default_rng(seed), {}, {}
+    config = json.loads((base / "config.json").read_text())
+    hidden = config["hidden_size"]
+    kv = config["num_key_value_heads"] * hidden // config["num_attention_heads"]
+    folder.mkdir()
+    for layer in layers:
+        for module, short, out in (("q_proj", "attn_q", hidden), ("v_proj", "attn_v", kv)):
+            a = (spread * draw.standard_normal((rank, hidden))).astype(np.float32)
+            b = (spread * draw.standard_normal((out, rank))).astype(np.float32)
+            name = f"base_model.model.model.layers.{layer}.self_attn.{module}"
+            tensors |= {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
+            factors[f"blk.{layer}.{short}.weight"] = (a, b)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    about = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base.name, "r": rank,
+        "lora_alpha": rank * scale, "target_modules": ["q_proj", "v_proj"], "bias": "none",
+        "layers_to_transform": list(layers),
+    }  # fmt: skip
+    (folder / "adapter_config.json").write_text(json.dumps(about))
+    (folder / "edgellm_adapter.json").write_text(json.dumps({"kind": "lora"}))
+    return factors
+
+
+def as_blocks(source: Path, folder: Path, kind: str) -> Path:
+    """A copy of an HF folder whose projections are stored as ready blocks of `kind`, as a compression leaves them."""
+    from edgellm_sdk.checkpoint import QUANTIZED
+    from edgellm_sdk.kit import blocks
+    from edgellm_sdk.store import save_arrays
+
+    folder.mkdir()
+    for path in source.iterdir():
+        if path.is_file() and path.suffix != ".safetensors" and path.name != "MANIFEST.json":
+            (folder / path.name).write_bytes(path.read_bytes())
+    tensors, packed = load_file(source / "model.safetensors"), {}
+    for name in [name for name in tensors if "_proj" in name]:
+        packed[name] = blocks.nearest(tensors.pop(name).astype(np.float32), kind)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    save_arrays(folder / QUANTIZED, packed, {"format": dict.fromkeys(packed, kind)})
+    return folder
 
 
 # Faults of merging. `lora`: {GGUF name: (A (r, in), B (out, r))}, `scale`: what B A is multiplied with.

@@ -6,9 +6,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
@@ -44,34 +42,6 @@ def sharpen(folder: Path) -> None:
     save_file(tensors, path, metadata={"format": "pt"})
 
 
-def add_lora(folder: Path, base: ModelHandle, rank: int = 4) -> dict[str, tuple[Any, Any]]:
-    """A PEFT LoRA on q (square) and v of both layers; {GGUF name: (A, B)}."""
-    draw, tensors, factors = np.random.default_rng(3), {}, {}
-    config = json.loads((base.path / "config.json").read_text())
-    hidden, kv = config["hidden_size"], config["num_key_value_heads"] * config["hidden_size"] // 4
-    folder.mkdir()
-    for layer in range(config["num_hidden_layers"]):
-        for module, short, out in (("q_proj", "attn_q", hidden), ("v_proj", "attn_v", kv)):
-            a = (0.1 * draw.standard_normal((rank, hidden))).astype(np.float32)
-            b = (0.1 * draw.standard_normal((out, rank))).astype(np.float32)
-            name = f"model.layers.{layer}.self_attn.{module}"
-            tensors |= {f"base_model.model.{name}.lora_A.weight": a, f"base_model.model.{name}.lora_B.weight": b}
-            factors[f"blk.{layer}.{short}.weight"] = (a, b)
-    save_file(tensors, folder / "adapter_model.safetensors")
-    about = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": str(base.path),
-        "r": rank,
-        "lora_alpha": rank * SCALE,
-        "target_modules": ["q_proj", "v_proj"],
-        "bias": "none",
-    }
-    (folder / "adapter_config.json").write_text(json.dumps(about))
-    (folder / "edgellm_adapter.json").write_text(json.dumps({"kind": "lora"}))
-    return factors
-
-
 class Case:
     """A model with a LoRA, and what it exports to."""
 
@@ -82,7 +52,7 @@ class Case:
         source = make(folder / "model", tied=tied, seed=seed)
         sharpen(source)
         self.base = resolve(str(source))
-        self.lora = add_lora(folder / "lora", self.base)
+        self.lora = gguf_edit.add_lora(folder / "lora", source, 3, range(2), 0.1, SCALE)
         self.tuned = dataclasses.replace(self.base, adapters=(folder / "lora",))
         self.context = Context(folder, threads=1)
 
@@ -161,21 +131,7 @@ def test_no_false_alarm(make_tiny_llama: Callable[..., Path], tmp_path: Path, ki
 @pytest.mark.parametrize("kind", ["q4_0", "iq4_nl", "q4_1", "q5_0", "q8_0"])
 def test_blocks_of_a_compressed_model_pass_the_sharp_bound(case: Case, tmp_path: Path, kind: str) -> None:
     """Codes written as they are: no weight differs, so only the engine's activation rounding may show."""
-    from edgellm_sdk.checkpoint import QUANTIZED
-    from edgellm_sdk.kit import blocks
-    from edgellm_sdk.store import save_arrays
-
-    folder = tmp_path / "compressed"
-    folder.mkdir()
-    for path in case.base.path.iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
-    tensors = load_file(folder / "model.safetensors")
-    packed = {}
-    for name in [name for name in tensors if "_proj" in name]:
-        packed[name] = blocks.nearest(tensors.pop(name), kind)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    save_arrays(folder / QUANTIZED, packed, {"format": dict.fromkeys(packed, kind)})
-    handle = resolve(str(folder))
+    handle = resolve(str(gguf_edit.as_blocks(case.base.path, tmp_path / "compressed", kind)))
     artifact = gguf.edgellm_export(
         handle, tmp_path / "c.gguf", gguf.Config(embedding="f32", modelfile=False), case.context
     )

@@ -179,6 +179,16 @@ def test_page_is_whole_escaped_and_alone(full: Report) -> None:
     assert text == page.render([full, Report("export", "gguf")])
 
 
+def test_series_of_one_quantity_share_a_figure() -> None:
+    report = Report(
+        "compress", curves={"error over layers, gptq": [(0, 1.0)], "error over layers, nearest": [(0, 2.0)]}
+    )
+    text = page.render([report])
+    assert text.count("<svg") == 1
+    assert "Error over layers" in text
+    assert ">nearest</span>" in text
+
+
 def test_command_can_be_typed_again(full: Report) -> None:
     assert page.command(full) == "edgellm finetune --plugin fwdllm --clients 2 --rank 8 --no-sampling"
     odd = Report("finetune", "x", config={"data": "my file.jsonl"})

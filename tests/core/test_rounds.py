@@ -15,7 +15,7 @@ from edgellm_sdk.context import Context
 from edgellm_sdk.errors import FederationError
 from edgellm_sdk.federate.ledger import Ledger
 from edgellm_sdk.federate.rounds import CHECKPOINT, Failure, Plan, resumed, run_rounds, sample
-from edgellm_sdk.run import Relay
+from edgellm_sdk.relay import Relay
 from edgellm_sdk.types import State, Update
 
 START = State("base", 0, {"w": np.zeros(3, np.float32)})

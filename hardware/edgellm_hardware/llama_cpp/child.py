@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,13 @@ def environment() -> dict[str, str]:
         if name in ("PATH", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "LLAMA_CPP_LIB_PATH", "OMP_NUM_THREADS")
     }
     code = os.pathsep.join(path for path in sys.path if Path(path).is_absolute())
-    return {**kept, "PYTHONPATH": code, "GGML_NO_BACKTRACE": "1", "OPENBLAS_NUM_THREADS": "1"}
+    return {
+        **kept,
+        "PYTHONPATH": code,
+        "GGML_NO_BACKTRACE": "1",
+        "OPENBLAS_NUM_THREADS": "1",
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
 
 
 class Child:
@@ -43,7 +49,7 @@ class Child:
 
     def __init__(self, module: str, where: str, patience: float, deadline: float | None) -> None:
         self._where, self._patience, self._deadline = where, patience, deadline
-        self._loading = True
+        self._loading, self._closed = True, False
         self._noise: deque[str] = deque(maxlen=20)
         self._received = bytearray()
         try:
@@ -71,15 +77,44 @@ class Child:
     def pid(self) -> int:
         return self._process.pid
 
-    def call(self, header: Mapping[str, Any], parts: list[tuple[dict[str, Any], bytearray]] | None = None) -> Any:
+    def call(
+        self,
+        header: Mapping[str, Any],
+        parts: list[tuple[dict[str, Any], bytearray]] | None = None,
+        expected: int = 0,
+    ) -> Any:
         """Send `header`, collect the frames before the last one in `parts`, return what the last one answers.
 
-        The errors of the exit-code table, one line each, for refusals, death, silence and nonsense.
+        `expected`: the payload bytes the answer may have. The errors of the exit-code table, one line each, for
+        refusals, death, silence and nonsense. A call that is interrupted ends the child: its answer would be taken for
+        the next one's.
         """
+        if self._closed:
+            raise DeviceError("the session is closed", self._where)
         if not self.alive:
             raise self._obituary()
-        outgoing = memoryview(frame(header))
-        spoken = time.monotonic()
+        answered = False
+        try:
+            for answer, payload in self._answers(frame(header)):
+                expected -= len(payload)
+                if expected < 0:
+                    raise self._nonsense()
+                if "done" in answer or "error" in answer:
+                    answered = True
+                    break
+                if parts is not None and "sequence" in answer:
+                    parts.append((answer, payload))
+        finally:
+            if not answered:
+                self.kill()
+        if "error" in answer:
+            raise self._refusal(answer)
+        self._loading = False
+        return answer["done"]
+
+    def _answers(self, request: bytes) -> Iterator[tuple[dict[str, Any], bytearray]]:
+        """Frames as they come, while the request goes out and stderr is read."""
+        outgoing, spoken = memoryview(request), time.monotonic()
         with selectors.DefaultSelector() as ready:
             ready.register(self._input, selectors.EVENT_WRITE)
             ready.register(self._output, selectors.EVENT_READ)
@@ -101,14 +136,7 @@ class Child:
                     else:
                         self._received += raw
                         spoken = time.monotonic()
-                for answer, payload in self._frames():
-                    if "done" in answer:
-                        self._loading = False
-                        return answer["done"]
-                    if "error" in answer:
-                        raise self._refusal(answer)
-                    if parts is not None and "sequence" in answer:
-                        parts.append((answer, payload))
+                yield from self._frames()
 
     def _wait(self, spoken: float) -> float:
         """Seconds that may still pass; kills the child and raises when none are left."""
@@ -148,10 +176,13 @@ class Child:
                 found.append((parse(bytes(view[start + PREFIX.size : body])), view[body : body + payload]))
                 start = body + payload
         except (ValueError, UnicodeDecodeError):
-            self.kill()
-            raise DeviceError("the llama.cpp worker answers nonsense", self._where) from None
+            raise self._nonsense() from None
         del view[:start]
         return found
+
+    def _nonsense(self) -> EdgeLLMError:
+        self.kill()
+        return DeviceError("the llama.cpp worker answers nonsense", self._where)
 
     def _refusal(self, answer: Mapping[str, Any]) -> EdgeLLMError:
         """What the worker could not do. While loading, the library's last error line says why."""
@@ -194,6 +225,7 @@ class Child:
 
     def close(self) -> None:
         """Let the child go: it ends when its stdin closes."""
+        self._closed = True
         if self._process.stdin and not self._process.stdin.closed:
             self._process.stdin.close()
         try:

@@ -14,6 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from edgellm_hardware.llama_cpp.frames import MAX_PAYLOAD
+
 MAX_SEQUENCES = 64  # llama.cpp's own limit is 256; each costs bookkeeping
 _CACHE_TYPES = {"f32": 0, "f16": 1}  # ggml_type
 
@@ -170,6 +172,7 @@ class Engine:
     def logits(self, sequences: Sequence[Sequence[int]], first: Sequence[int]) -> None:
         """Stream frames {"sequence": i, "rows": n} with (n, vocabulary) float32 payloads, rows in order."""
         begin = time.perf_counter()
+        rows_at_once = max(1, MAX_PAYLOAD // (4 * self.vocabulary))
         order = sorted(range(len(sequences)), key=lambda i: (len(sequences[i]), i))
         while order:
             group = [order.pop(0)]
@@ -189,8 +192,10 @@ class Engine:
                 for place in self._run(chunk):
                     by_sequence.setdefault(group[chunk[place][2]], []).append(place)
                 for i, places in by_sequence.items():
-                    rows = (memoryview(self._row(place)).cast("B") for place in places)
-                    self._send({"sequence": i, "rows": len(places)}, rows, len(places) * self.vocabulary * 4)
+                    for at in range(0, len(places), rows_at_once):
+                        some = places[at : at + rows_at_once]
+                        rows = (memoryview(self._row(place)).cast("B") for place in some)
+                        self._send({"sequence": i, "rows": len(some)}, rows, len(some) * self.vocabulary * 4)
                 self._send({"beat": 1})
             self.prompt_tokens += len(entries)
         self.prompt_seconds += time.perf_counter() - begin

@@ -14,7 +14,7 @@ from typing import Any
 
 PREFIX = struct.Struct("<IQ")
 MAX_HEADER = 64 << 20
-MAX_PAYLOAD = 8 << 30
+MAX_PAYLOAD = 64 << 20
 
 
 def frame(header: Mapping[str, Any], payload_bytes: int = 0) -> bytes:

@@ -90,6 +90,8 @@ class LlamaSession:
         path = path.absolute()
         adapters = adapter_list(config.adapters)
         files = [read(path), *(read(adapter) for adapter, _ in adapters)]
+        if files[0].metadata.get("general.type") == "adapter":
+            raise ModelError("is a LoRA adapter", str(path), "run its base model with --adapters")
         self._path = path
         self._renderer: Renderer | None = None
         self._template, self._special = chat_parts(files[0].metadata)
@@ -108,13 +110,13 @@ class LlamaSession:
         }
         try:
             opened = self._child.call(request)
+            self.vocabulary = int(opened["vocabulary"])
+            self.eos = tuple(int(token) for token in opened["eos"])
+            self.context = int(opened["context"])
         except BaseException:
             self._child.kill()
             self._child.close()
             raise
-        self.vocabulary = int(opened["vocabulary"])
-        self.eos = tuple(int(token) for token in opened["eos"])
-        self.context = int(opened["context"])
 
     def encode(self, text: str) -> list[int]:
         return self._ids(self._child.call({"do": "encode", "text": text}))
@@ -148,7 +150,8 @@ class LlamaSession:
                 )
         shapes = [(len(sequence) - begin, self.vocabulary) for sequence, begin in zip(given, begins, strict=True)]
         parts: list[tuple[dict[str, Any], bytearray]] = []
-        self._child.call({"do": "logits", "sequences": given, "first": begins}, parts)
+        expected = 4 * sum(rows * columns for rows, columns in shapes)
+        self._child.call({"do": "logits", "sequences": given, "first": begins}, parts, expected)
         rows: list[list[Float32]] = [[] for _ in given]
         try:
             for header, payload in parts:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import queue
 import resource
+import signal
 import sys
 import threading
 from collections.abc import Mapping
@@ -52,6 +53,15 @@ def listen(source: BinaryIO, requests: queue.Queue[dict[str, Any]]) -> None:
         read_exactly(source, payload)
 
 
+def confine(address_space: int) -> None:
+    """No core file, no growing file on disk, and at most `address_space` bytes of memory mapped."""
+    _, most = resource.getrlimit(resource.RLIMIT_AS)
+    limit = address_space if most == resource.RLIM_INFINITY else min(address_space, most)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
 def main() -> None:
     out = os.dup(1)
     os.dup2(2, 1)  # whatever a library prints must not land between frames
@@ -65,9 +75,9 @@ def main() -> None:
             sink.write(row)
         sink.flush()
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; we end when it lets go
     request = requests.get()
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_AS, (request["limit"], request["limit"]))
+    confine(int(request["limit"]))
     engine: Engine | None = None
     while True:
         try:

@@ -217,7 +217,7 @@ class _Block:
         for name in names if self.replace else ():
             weight = self.module.get_submodule(name).weight
             assert isinstance(weight, Tensor)
-            weight.copy_(torch.from_numpy(self.method.restore(self.prefix + name, self.arrays)))
+            weight.copy_(torch.tensor(self.method.restore(self.prefix + name, self.arrays)))
 
     def skip(self, kept: tuple[dict[str, Any], dict[str, Any]] | None) -> None:
         """Take over what an earlier run computed, so that `forward` only runs the block."""
@@ -340,7 +340,7 @@ def calibration(tokenizer: Any, data: Dataset | None, text: str, samples: int, l
 
     stream = ctx.stream("calibration")
     if text:
-        ids = list(tokenizer(_read(Path(text)), add_special_tokens=False)["input_ids"])
+        ids = list(tokenizer(_read(Path(text)), add_special_tokens=False, verbose=False)["input_ids"])
         where = text
     elif data is not None and len(data):
         ids, where = [], data.name or "the data"

@@ -111,7 +111,7 @@ def write(source: ModelHandle, model: nn.Module, arrays: Arrays, config: Config,
     tensors = _kept(source.path, model, replaced)
     settings = store.read_json(source.path / checkpoint.CONFIG)
     if bits is not None:
-        tensors.update({name: torch.from_numpy(array) for name, array in arrays.items()})
+        tensors.update({name: torch.from_numpy(array.copy()) for name, array in arrays.items()})
         settings["quantization_config"] = {
             "quant_method": "gptq", "bits": bits, "group_size": config.group_size or -1, "desc_act": config.act_order,
             "sym": config.symmetric, "damp_percent": config.damping, "true_sequential": config.sequential,

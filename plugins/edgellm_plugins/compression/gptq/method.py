@@ -12,8 +12,7 @@ Where we differ from the paper and its code, and why:
   a block old when groups are smaller than B.
 * Scales are chosen in the precision they are stored in, before any column is rounded, by a search weighted with
   omega_j = 1 / U_jj^2, the price of an error in column j. (The paper: min and max.)
-* With the codes fixed, all scales of a row are refitted at once against H.
-* Linears that read the same input are one tall matrix with one Hessian and one sweep.
+* With the codes fixed, all scales of a row are refitted at once against H. Linears of one input share one sweep.
 """
 
 from __future__ import annotations
@@ -155,14 +154,13 @@ def refit(weights: Tensor, hessian: Tensor, swept: Swept, grid: Grid) -> Swept:
     diagonal = normal.diagonal(dim1=1, dim2=2)
     diagonal.add_(1e-7 * diagonal.mean(1, keepdim=True)).masked_fill_(diagonal == 0, 1)  # groups whose levels are all 0
     factor, failed = torch.linalg.cholesky_ex(normal)
-    solution = torch.cholesky_solve(wanted[:, :, None], factor)[:, :, 0].t()
-    solution = solution.half().to(weights.dtype)
+    solution = torch.cholesky_solve(wanted[:, :, None], factor)[:, :, 0].t().half().to(weights.dtype)
     scales, shifts = solution[:count], solution[count:]
     fresh = [Parameters.of(scales[g], shifts[g] if free else None, swept.parameters[g].zero) for g in range(count)]
-    better = (failed == 0) & torch.isfinite(solution).all(0)
-    new, old = Swept(swept.levels, fresh, swept.loss), swept
-    better &= row_errors(weights - new.values(grid), hessian) < row_errors(weights - old.values(grid), hessian)
-    return Swept(swept.levels, [p.where(better, q) for p, q in zip(fresh, old.parameters, strict=True)], swept.loss)
+    candidate = Swept(swept.levels, fresh, swept.loss)
+    after, before = (row_errors(weights - one.values(grid), hessian) for one in (candidate, swept))
+    better = (failed == 0) & (after < before)  # false where the solution overflowed
+    return Swept(swept.levels, [p.where(better, q) for p, q in zip(fresh, swept.parameters, strict=True)], swept.loss)
 
 
 def row_errors(delta: Tensor, hessian: Tensor) -> Tensor:
@@ -172,8 +170,8 @@ def row_errors(delta: Tensor, hessian: Tensor) -> Tensor:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Torch on one thread: a sweep is thousands of small operations, and handing each to several threads costs more
-    than it saves (up to a hundredfold on a busy machine). It also makes the result independent of their number."""
+    """Torch on one thread: a sweep is thousands of small operations, and sharing each out costs more than it saves, up
+    to a hundredfold on a busy machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -220,13 +218,11 @@ class Gptq:
         return layerwise.Solved(arrays, tuple(self._records(group, arrays)))
 
     def _check(self, group: layerwise.Group, columns: int) -> None:
-        where = group.names[0]
-        if self.bits is None:
-            blocks.block_format(self.config.format).row_bytes(columns)
-        elif columns * self.bits % 32 or any(len(w) * self.bits % 32 for w in group.weights):
-            raise ModelError(
-                f"{self.bits}-bit codes of this layer do not fill 32-bit words", where, "use another format"
-            )
+        sizes = [columns] if self.bits is None else [columns, *map(len, group.weights)]
+        unit = blocks.WIDTH if self.bits is None else 32 // math.gcd(32, self.bits)  # a block, or whole 32-bit words
+        odd = next((size for size in sizes if size % unit), None)
+        if odd is not None:
+            raise ModelError(f"its side of {odd} is no multiple of {unit}", group.names[0], "use another format")
 
     def _store(self, name: str, swept: Swept, rows: slice, order: Tensor) -> dict[str, Array]:
         """One layer's arrays: `NAME.weight` as blocks, or the four of a GPTQ checkpoint."""
@@ -260,12 +256,8 @@ class Gptq:
         if self.bits is None:
             fmt = self.config.format
             return torch.from_numpy(blocks.decode(blocks.nearest(weight.numpy(), fmt), fmt))
-        grid = self.grid(weight.shape[1], search=False)
-        parts = []
-        for part in weight.t().split(grid.group):
-            p = grid.fit(part, torch.ones(len(part)))
-            parts.append(grid.value(grid.level(part, p), p))
-        return torch.cat(parts).t()
+        group = self.config.group_size or weight.shape[1]
+        return Uniform(self.bits, self.config.symmetric, group, search=False).nearest(weight)
 
     def _records(self, group: layerwise.Group, arrays: Arrays) -> list[dict[str, Any]]:
         rows = []

@@ -54,6 +54,14 @@ class Uniform:
         assert p.zero is not None
         return torch.minimum(torch.maximum((weights * p.inverse).round_(), -p.zero), self.top - p.zero)
 
+    def nearest(self, weights: Tensor) -> Tensor:
+        """Plain rounding of whole rows, group by group: (r, c) -> (r, c)."""
+        rounded = []
+        for columns in weights.t().split(self.group):
+            p = self.fit(columns, torch.ones_like(columns[:, 0]))
+            rounded.append(self.value(self.level(columns, p), p))
+        return torch.cat(rounded).t()
+
     def basis(self, levels: Tensor) -> Tensor:
         return levels
 
