@@ -35,6 +35,8 @@ ROLES = ("system", "user", "assistant", "tool")
 TASK_PROMPT = "Message: {text}\n\nIs this message {labels}? Answer with the label only."
 MAX_LISTED_LABELS = 64
 BUILT_IN = "sms-spam"
+SMS_PROMPT = "Message: {text}\n\nIs this spam? Yes or No?"
+SMS_ANSWERS = {"ham": "No", "spam": "Yes"}
 SMS_SHA256 = "d29ed549ec599dd1efad4331066ee617c69440b7e85b65f64fe6a72db9eafbc8"
 _SUFFIXES = (".jsonl", ".csv")
 _FILE_NAMES = {"train": ("train",), "valid": ("valid", "validation", "dev"), "test": ("test",)}
@@ -254,8 +256,11 @@ def read(source: str, split: str = "train", task_prompt: str | None = None) -> D
         return _dataset([row for row in rows if isinstance(row, Example)], name, ())
     labelled = [row for row in rows if isinstance(row, _Labelled)]
     ordered = tuple(sorted(labels | {row.label for row in labelled}))
-    fill = _template(TASK_PROMPT if task_prompt is None else task_prompt, ordered)
-    return _dataset([Example(_ask(fill(r.text)), r.label, r.label, r.user) for r in labelled], name, ordered)
+    ours = source == BUILT_IN and task_prompt is None
+    answers = {label: SMS_ANSWERS[label] if ours else label for label in ordered}
+    fill = _template(SMS_PROMPT if ours else TASK_PROMPT if task_prompt is None else task_prompt, ordered)
+    examples = [Example(_ask(fill(r.text)), answers[r.label], r.label, r.user) for r in labelled]
+    return _dataset(examples, name, ordered, tuple(answers.values()))
 
 
 def _canonical(example: Example) -> bytes:
@@ -264,17 +269,19 @@ def _canonical(example: Example) -> bytes:
     return json.dumps(row, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode() + b"\n"
 
 
-def _dataset(examples: Iterable[Example], name: str, labels: tuple[str, ...]) -> Dataset:
+def _dataset(
+    examples: Iterable[Example], name: str, labels: tuple[str, ...], answers: tuple[str, ...] = ()
+) -> Dataset:
     kept = tuple(examples)
-    sha = hashlib.sha256(json.dumps(labels).encode())
+    sha = hashlib.sha256(json.dumps([labels, answers]).encode())
     for example in kept:
         sha.update(_canonical(example))
-    return Dataset(kept, sha.hexdigest(), name, labels)
+    return Dataset(kept, sha.hexdigest(), name, labels, answers)
 
 
 def select(dataset: Dataset, indices: Sequence[int]) -> Dataset:
     """The examples at `indices`, in that order; equal content gives an equal fingerprint."""
-    return _dataset((dataset.examples[i] for i in indices), dataset.name, dataset.labels)
+    return _dataset((dataset.examples[i] for i in indices), dataset.name, dataset.labels, dataset.answers)
 
 
 def _stratify(labels: Sequence[str | None], fraction: float, stream: Stream) -> tuple[list[int], list[int]]:

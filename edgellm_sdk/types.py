@@ -85,12 +85,16 @@ class Example:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Examples in file order. `labels` is set for classification data; `fingerprint` is a sha256 of the content."""
+    """Examples in file order; `fingerprint` is a sha256 of the content.
+
+    Classification data has `labels` and, in the same order, the `answers` that stand for them as completions.
+    """
 
     examples: tuple[Example, ...]
     fingerprint: str
     name: str = ""
     labels: tuple[str, ...] = ()
+    answers: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.examples)

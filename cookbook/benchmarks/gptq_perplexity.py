@@ -115,7 +115,7 @@ def score(model: Any, chunks: torch.Tensor) -> dict[str, Any]:
     """Perplexity over the second half of every chunk, with the standard error of the mean loss over chunks."""
     losses = []
     for batch in chunks.split(4):
-        logits = model(input_ids=batch, use_cache=False).logits[:, CHUNK // 2 - 1 : -1].float()
+        logits = model(input_ids=batch, use_cache=False, logits_to_keep=CHUNK // 2 + 1).logits[:, :-1].float()
         loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch[:, CHUNK // 2 :], reduction="none")
         losses += loss.mean(1).tolist()
     mean = sum(losses) / len(losses)

@@ -12,7 +12,7 @@ adapters beside that, so peft, transformers and the GGUF exporter read them.
 | lora    | A (r, d_in), B (d_out, r) of each target, arXiv 2106.09685   | yes       |
 | lora-fa | B alone, A frozen at its random start, arXiv 2308.03303      | yes       |
 | adapter | bottleneck after the FFN, Pfeiffer style, arXiv 2005.00247   | no        |
-| norm    | biases; norm gains where a model has none (after 2106.10199) | yes       |
+| norm    | biases (arXiv 2106.10199); all norm gains where it has none  | yes       |
 | layers  | every linear weight of the chosen layers                     | yes       |
 """
 
@@ -179,6 +179,8 @@ def install(model: Any, spec: Spec, stream: Stream) -> Trainables:
     for index in range(lowest, len(layers)):
         prefix = f"model.layers.{index}."
         _install_layer(layers[index], prefix, trainables, stream)
+    if spec.kind == "norm" and all(name.endswith("norm.weight") for name in trainables.initial):
+        _train_gain(model.model, "norm", "model.", trainables)
     if not trainables.initial:
         raise ConfigError(f"no module ends in {', '.join(spec.targets)}", "targets")
     return trainables
@@ -191,6 +193,13 @@ def _replace(root: nn.Module, path: str, module: nn.Module) -> None:
 
 def _float(tensor: Any) -> Float32:
     return np.ascontiguousarray(tensor.detach().float().cpu().numpy())
+
+
+def _train_gain(parent: nn.Module, path: str, prefix: str, out: Trainables) -> None:
+    norm = parent.get_submodule(path)
+    gain = _Norm(norm)
+    out.add(f"{prefix}{path}.weight", gain, "weight", _float(norm.weight))
+    _replace(parent, path, gain)
 
 
 def _install_layer(layer: nn.Module, prefix: str, out: Trainables, stream: Stream) -> None:
@@ -219,10 +228,8 @@ def _install_layer(layer: nn.Module, prefix: str, out: Trainables, stream: Strea
             out.add(f"{prefix}{path}.bias", shifted, "bias", _float(linear.bias))
             _replace(layer, path, shifted)
         norms = [(p, m) for p, m in layer.named_children() if hasattr(m, "variance_epsilon") and not biased]
-        for path, norm in norms:
-            gain = _Norm(norm)
-            out.add(f"{prefix}{path}.weight", gain, "weight", _float(norm.weight))
-            _replace(layer, path, gain)
+        for path, _ in norms:
+            _train_gain(layer, path, prefix, out)
     else:
         bottleneck = Bottleneck(layer.get_submodule("mlp"))
         width = next(m for p, m in linears if p.endswith("down_proj")).out_features

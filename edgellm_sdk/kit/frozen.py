@@ -106,14 +106,19 @@ class Frozen:
             calls.append(keywords)
             return hidden
 
+        def pass_on(norm: nn.Module, hidden: Tensor) -> Tensor:
+            return hidden
+
         tail = list(adapters.decoder_layers(self.model))[self.trainables.lowest :]
+        norm = self.model.model.norm
         for layer in tail:
             layer.forward = types.MethodType(stand_in, layer)
+        norm.forward = types.MethodType(pass_on, norm)
         try:
             self.model.model(input_ids=tokens, use_cache=False)
         finally:
-            for layer in tail:
-                del layer.forward
+            for module in (*tail, norm):
+                del module.forward
         return seen[0].clone(), calls
 
     @torch.inference_mode()

@@ -22,11 +22,12 @@ CHUNK = 16
 Z95 = 1.959964
 
 
-def first_tokens(labels: Sequence[str], encode: Callable[[str], list[int]]) -> list[int]:
-    """The first token of each label as a completion. DataError when two labels share it."""
-    firsts = [encode(label)[0] for label in labels]
+def first_tokens(data: Dataset, encode: Callable[[str], list[int]]) -> list[int]:
+    """The first token of each label's answer, in the order of `labels`. DataError when two labels share it."""
+    answers = data.answers or data.labels
+    firsts = [encode(answer)[0] for answer in answers]
     if len(set(firsts)) != len(firsts):
-        raise DataError(f"labels {', '.join(labels)} share a first token", fix="rename a label")
+        raise DataError(f"answers {', '.join(answers)} share a first token", fix="rename a label")
     return firsts
 
 
@@ -64,7 +65,7 @@ def log_softmax(logits: Array) -> Array:
 def of_frozen(frozen: Frozen, data: Dataset) -> dict[str, Metric]:
     """Loss per scored token and, for labelled data, balanced accuracy, with the trainables now installed."""
     losses, predicted = [], []
-    firsts = first_tokens(data.labels, frozen.encode) if data.labels else []
+    firsts = first_tokens(data, frozen.encode) if data.labels else []
     for start in range(0, len(data), CHUNK):
         part = data.select(range(start, min(start + CHUNK, len(data))))
         kept = frozen.batch(f"{data.fingerprint}/{start}", lambda part=part: part)  # type: ignore[misc]
@@ -84,7 +85,7 @@ def of_frozen(frozen: Frozen, data: Dataset) -> dict[str, Metric]:
 
 def predict(session: Session, data: Dataset, advance: Callable[[int], None] = lambda done: None) -> list[str]:
     """The label a live model gives each labelled example."""
-    firsts = first_tokens(data.labels, session.encode)
+    firsts = first_tokens(data, session.encode)
     predicted = []
     for start in range(0, len(data), CHUNK):
         part = data.examples[start : start + CHUNK]
