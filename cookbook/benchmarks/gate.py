@@ -89,12 +89,14 @@ def fault_row(name: str, handle: ModelHandle, path: Path, ctx: Context) -> dict[
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=RESULT)
-    output = parser.parse_args().output
+    parser.add_argument("--threads", type=int, default=2, help="of llama.cpp; 1 on a busy machine, its threads spin")
+    given = parser.parse_args()
+    output = given.output
     base = resolve("smollm2-135m")
     layers = json.loads((base.path / "config.json").read_text())["num_hidden_layers"]
     clean, faults = [], []
     with tempfile.TemporaryDirectory() as folder:
-        ctx, where = Context(Path(folder)), Path(folder)
+        ctx, where = Context(Path(folder), threads=given.threads), Path(folder)
         tuned, factors = [], []
         for seed in (1, 2):
             adapter = where / f"lora-{seed}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,8 +42,10 @@ def run(request: Request) -> Answer:
 
 
 def demo(request: Request) -> Answer:
-    with resources.as_file(resources.files("edgellm_sdk") / "assets" / "demo.toml") as recipe:
-        return _recipe(recipe, request)
+    from edgellm_sdk import steps
+
+    done = steps.demo(request.settings.output, resume=request.settings.resume, quiet=request.quiet)
+    return _one(done)
 
 
 def _one(done: Outcome) -> Answer:

@@ -124,7 +124,7 @@ def _one_round(relay: Relay, state: State, plan: Plan, engine: Engine, ctx: Cont
         assignments = relay.assign(state, clients, plan.clients, ctx)
         sent = {client: wire.assignment_to_bytes(assignments[client]) for client in clients}
         began = time.monotonic()
-        updates, lines, reasons = _collect(relay, state, assignments, sent, engine(sent), ctx)
+        updates, lines, reasons = _collect(relay, state, assignments, sent, engine(sent), plan.clients, ctx)
         ledger.add(number, attempt, lines, time.monotonic() - began)
         if len(updates) >= max(1, math.ceil(plan.quorum * len(clients))):
             break
@@ -157,6 +157,7 @@ def _collect(
     assignments: Mapping[str, Assignment],
     sent: Mapping[str, bytes],
     replies: Iterable[tuple[str, bytes | Failure]],
+    enrolled: Mapping[str, int],
     ctx: Context,
 ) -> tuple[list[Update], list[Line], dict[str, str]]:
     """(usable updates sorted by client, ledger lines, reasons by client). The first reply of a client counts."""
@@ -178,6 +179,8 @@ def _collect(
             continue
         payload[client] = wire.payload_bytes(update.arrays)
         problem = wire.check_update(update, state, client)
+        if problem is None and update.examples > enrolled[client]:
+            problem = f"claims {update.examples} examples, enrolled with {enrolled[client]}"
         if problem:
             reasons[client] = problem
         else:

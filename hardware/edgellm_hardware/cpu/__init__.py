@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Config:
-    dtype: str = opt("float32", "number format of the weights", choices=("float32", "bfloat16", "float16"))
+    dtype: str = opt("float32", "number format of the weights", choices=("auto", "float32", "bfloat16", "float16"))
     threads: int = opt(0, "torch threads; 0 leaves torch's own choice", ge=0, le=1024)
 
 

@@ -96,19 +96,21 @@ def scaled(v: Values, jvp: float) -> Values:
 
 
 class HalfSums:
-    """Running sums of forward gradients in two halves, float64: the mean, and the variance of that mean.
+    """Running weighted sums of forward gradients in two halves, float64: their mean, and the variance of that mean.
 
-    With gradients of element variance s^2, N in all, E[variance()] = 2 s^2 / N.
+    With N gradients of element variance s^2 and equal weights, E[variance()] = 2 s^2 / N.
     """
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         self.sums = tuple({name: np.zeros(shape) for name, shape in shapes.items()} for _ in range(2))
         self.counts = [0, 0]
+        self.weights = [0, 0]
 
-    def add(self, gradient: Arrays, half: int) -> None:
+    def add(self, gradient: Arrays, half: int, weight: int = 1) -> None:
         for name, total in self.sums[half].items():
-            total += gradient[name]
+            total += weight * gradient[name].astype(np.float64)
         self.counts[half] += 1
+        self.weights[half] += weight
 
     @property
     def count(self) -> int:
@@ -116,7 +118,8 @@ class HalfSums:
 
     def mean(self) -> Values:
         """The mean of everything added: float32."""
-        return {n: ((self.sums[0][n] + self.sums[1][n]) / self.count).astype(np.float32) for n in self.sums[0]}
+        total = sum(self.weights)
+        return {n: ((self.sums[0][n] + self.sums[1][n]) / total).astype(np.float32) for n in self.sums[0]}
 
     def variance(self, names: Sequence[str] | None = None) -> float:
         """mean over elements of (m1 - m2)^2 / 2 for the half means m1, m2; infinite while a half is empty."""
@@ -124,7 +127,7 @@ class HalfSums:
             return math.inf
         squares, elements = 0.0, 0
         for name in names or sorted(self.sums[0]):
-            difference = self.sums[0][name] / self.counts[0] - self.sums[1][name] / self.counts[1]
+            difference = self.sums[0][name] / self.weights[0] - self.sums[1][name] / self.weights[1]
             squares += float(np.square(difference).sum())
             elements += difference.size
         return squares / (2 * elements)

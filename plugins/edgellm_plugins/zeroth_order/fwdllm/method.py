@@ -12,10 +12,15 @@ Where we differ from the published code (and why):
 - The variance covers all trainable tensors, or those named, not one tensor picked by its position in a list.
 - The two halves of the variance test alternate over clients and rounds instead of first half / second half: the same
   statistic when theta stands still, and it needs two running sums where the code keeps every gradient.
+- Clients count by their examples (`weighting=equal` is the published code): with unlike clients an equal vote of small
+  and large ones fits a mix of labels that nobody has.
 - tau = 0 calibrates: `calibration` x the variance of the first round (N = C * perturbations). Ours, not the paper's:
   its values belong to encoders with a classification head.
 - Directions are numbered, not sent: `wire=seeds` uploads (jvp, loss), 8 bytes a perturbation; the server regenerates v.
   `wire=tensors` uploads jvp * v as the published code does. Both give the same theta, bit for bit.
+- h is 0.05, where the code has 0.01 on float16: with a bfloat16 base, jvp at 0.01 was mostly rounding (measured on
+  SmolLM2-135M, rank 8 on q and v: mean jvp^2 of 2.1 at h = 0.01, 0.68 at 0.05, 0.69 at 0.2).
+- LoRA goes on down_proj of the last layers, where the mean jvp^2 of a direction was 20 times that on q and v.
 - A round in which every direction was refused is counted: `limit` bounds N so that a run always moves.
 """
 
@@ -69,7 +74,7 @@ def initialise(model: ModelHandle, config: Config, ctx: Context) -> State:
     """theta_0, with nothing collected yet."""
     theta = _frozen(model, config, ctx).trainables.initial
     scalars = {
-        "minibatch": 0, "rounds_on_minibatch": 0, "collected": [0, 0], "steps": 0, "forwards": 0,
+        "minibatch": 0, "rounds_on_minibatch": 0, "collected": [0, 0], "weights": [0, 0], "steps": 0, "forwards": 0,
         "tau": config.tau, "variance": None, "sampling": False,
     }  # fmt: skip
     return State(model.digest, 0, _named(theta, THETA), scalars)
@@ -179,11 +184,12 @@ def aggregate(state: State, updates: Sequence[Update], config: Config, ctx: Cont
     for half, prefix in enumerate((FIRST, SECOND)):
         for name, array in _part(state.arrays, prefix).items():
             sums.sums[half][name][...] = array
-    sums.counts = list(scalars["collected"])
+    sums.counts, sums.weights = list(scalars["collected"]), list(scalars["weights"])
 
     for position, update in enumerate(updates):
+        weight = update.examples if config.weighting == "examples" else 1
         for k, gradient in enumerate(_gradients(update, state, theta, config, ctx)):
-            sums.add(gradient, (position + k + scalars["rounds_on_minibatch"]) % 2)
+            sums.add(gradient, (position + k + scalars["rounds_on_minibatch"]) % 2, weight)
         scalars["forwards"] += update.scalars["forwards"]
     names = [name for name in theta if name.endswith(config.variance_of)]
     variance = sums.variance(names)
@@ -194,7 +200,8 @@ def aggregate(state: State, updates: Sequence[Update], config: Config, ctx: Cont
     _draw_curves(ctx, number, loss, variance, sums.count, scalars["forwards"])
     scalars |= {"tau": tau, "variance": variance if math.isfinite(variance) else None}
     if variance > tau and sums.count < config.limit * len(updates):
-        scalars |= {"collected": sums.counts, "rounds_on_minibatch": scalars["rounds_on_minibatch"] + 1}
+        scalars |= {"collected": sums.counts, "weights": sums.weights}
+        scalars["rounds_on_minibatch"] += 1
         kept = {n: a for n, a in state.arrays.items() if not n.startswith((FIRST, SECOND))}
         kept |= _named(sums.sums[0], FIRST) | _named(sums.sums[1], SECOND)
         return State(state.base, number, kept, scalars, state.cohort)
@@ -204,7 +211,7 @@ def aggregate(state: State, updates: Sequence[Update], config: Config, ctx: Cont
     arrays = _step(theta, g, state, learning_rate(state.round, ctx.rounds, config), config)
     steps = scalars["steps"] + 1
     scalars |= {
-        "collected": [0, 0], "rounds_on_minibatch": 0, "minibatch": scalars["minibatch"] + 1, "steps": steps,
+        "collected": [0, 0], "weights": [0, 0], "rounds_on_minibatch": 0, "minibatch": scalars["minibatch"] + 1, "steps": steps,
         "sampling": config.sampling and steps % 2 == 1,
     }  # fmt: skip
     longest = max(math.ceil(update.examples / config.batch_size) for update in updates)
