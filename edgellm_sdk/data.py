@@ -269,9 +269,7 @@ def _canonical(example: Example) -> bytes:
     return json.dumps(row, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode() + b"\n"
 
 
-def _dataset(
-    examples: Iterable[Example], name: str, labels: tuple[str, ...], answers: tuple[str, ...] = ()
-) -> Dataset:
+def _dataset(examples: Iterable[Example], name: str, labels: tuple[str, ...], answers: tuple[str, ...] = ()) -> Dataset:
     kept = tuple(examples)
     sha = hashlib.sha256(json.dumps([labels, answers]).encode())
     for example in kept:

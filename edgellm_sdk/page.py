@@ -40,7 +40,7 @@ def render(reports: Sequence[Report]) -> str:
     style = (resources.files("edgellm_sdk") / "assets" / "page.css").read_text(encoding="utf-8")
     verbs = " → ".join(report.verb for report in reports)
     started = reports[0].started.replace("T", " ").replace("Z", " UTC") if reports else ""
-    wall = sum(report.wall_seconds for report in reports)
+    wall = sum(report.wall_seconds for report in reports if report.verb != "demo")  # a sum already
     head = f"<header><h1>edgellm: {escape(verbs)}</h1><p>{escape(started)} · {seconds(wall)} in all</p></header>"
     several = len(reports) > 1
     leading = next((r for r in reversed(reports) if r.tables), None) if several else None
@@ -60,9 +60,10 @@ def seconds(value: float) -> str:
     """`4.2 s`, `3 min 12 s`, `2 h 05 min`."""
     if value < 90:
         return f"{value:.1f} s"
-    if value < 5400:
-        return f"{value // 60:.0f} min {value % 60:.0f} s"
-    return f"{value // 3600:.0f} h {value % 3600 // 60:02.0f} min"
+    whole = round(value)
+    if whole < 5400:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02} min"
 
 
 def command(report: Report) -> str:

@@ -63,7 +63,12 @@ def summarise(reports: dict[str, Report]) -> Report:
     summary.curves = tuned.curves
     for before, after in zip(base.examples, final.examples, strict=True):
         summary.examples.append(
-            {"prompt": before["prompt"], "expected": before["expected"], "before": before["after"], "after": after["after"]}
+            {
+                "prompt": before["prompt"],
+                "expected": before["expected"],
+                "before": before["after"],
+                "after": after["after"],
+            }
         )
     summary.environment = tuned.environment
     return summary
