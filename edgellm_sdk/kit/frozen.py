@@ -1,8 +1,9 @@
 """A frozen base with a few trainable tensors, run for its loss only, and never twice over what cannot change.
 
 Layers below the lowest trainable one give the same hidden states for every perturbation and every round, so they are
-computed once per batch and kept, within a memory budget. Of the layers above, all probes share each call, and only the
-positions that the loss reads go through the head.
+computed once per batch and kept, within a memory budget. In the top layer everything after attention works position by
+position, so only the positions that the loss reads go through its FFN, the last norm and the head; and when nothing
+before that FFN trains, only those positions are kept. Probes share calls.
 
 Batches are padded on the right and causal attention never looks right, so no mask is needed and the valid positions
 are exact. A batch is always made of the same examples: its hidden states have the same bits whenever computed.
@@ -27,9 +28,11 @@ from edgellm_sdk.types import Array, Dataset, ModelHandle
 
 @dataclass
 class Kept:
-    """One batch as the trainable part needs it: hidden (B, T, H) in the model's dtype and where the loss reads it.
+    """One batch as the trainable part needs it, in the model's dtype, and where the loss reads it.
 
-    `rows`, `columns` (N,) index the positions whose next token is scored, `targets` (N,) those tokens.
+    `rows`, `columns` (N,) index the positions whose next token is scored, `targets` (N,) those tokens. `hidden` enters
+    the lowest trained layer (B, T, H), or, when nothing before the top FFN trains, that FFN's norm at those positions
+    (N, H).
     """
 
     hidden: Tensor
@@ -61,6 +64,11 @@ class Frozen:
         self.trainables = adapters.install(self.model, spec, stream)
         self.budget, self.max_length = budget, max_length
         self.device = next(self.model.parameters()).device
+        layers = adapters.decoder_layers(self.model)
+        self.tail = list(layers)[self.trainables.lowest :]
+        self.splits = _splits(self.tail[-1])
+        above = f"model.layers.{len(layers) - 1}.mlp."
+        self.rows_only = self.splits and all(name.startswith(above) for name in self.trainables.names)
         self._kept: OrderedDict[str, Kept] = OrderedDict()
         self._bytes = 0
 
@@ -93,7 +101,11 @@ class Frozen:
                 targets.append(example.tokens[position])
         hidden, calls = self._record(tokens.to(self.device))
         places = [torch.tensor(values, device=self.device) for values in (rows, columns, targets)]
-        return Kept(hidden, calls, *places)
+        kept = Kept(hidden, calls, *places)
+        if self.rows_only:
+            with torch.inference_mode():
+                kept = Kept(self._attended(kept, hidden, 1), [], *places)
+        return kept
 
     @torch.inference_mode()
     def _record(self, tokens: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
@@ -109,29 +121,41 @@ class Frozen:
         def pass_on(norm: nn.Module, hidden: Tensor) -> Tensor:
             return hidden
 
-        tail = list(adapters.decoder_layers(self.model))[self.trainables.lowest :]
         norm = self.model.model.norm
-        for layer in tail:
+        for layer in self.tail:
             layer.forward = types.MethodType(stand_in, layer)
         norm.forward = types.MethodType(pass_on, norm)
         try:
             self.model.model(input_ids=tokens, use_cache=False)
         finally:
-            for module in (*tail, norm):
+            for module in (*self.tail, norm):
                 del module.forward
         return seen[0].clone(), calls
+
+    def _attended(self, kept: Kept, hidden: Tensor, probes: int) -> Tensor:
+        """The top layer up to its attention's residual, at the scored positions: (P * N, H)."""
+        top = self.tail[-1]
+        attention: Any = top.self_attn
+        mixed = attention(hidden_states=top.input_layernorm(hidden), **kept.calls[-1])  # type: ignore[operator]
+        return self._picked(kept, hidden + mixed[0], probes)
+
+    def _picked(self, kept: Kept, hidden: Tensor, probes: int) -> Tensor:
+        by_probe = hidden.view(probes, -1, *hidden.shape[1:])
+        return by_probe[:, kept.rows, kept.columns].reshape(-1, hidden.shape[-1])
 
     @torch.inference_mode()
     def logits(self, kept: Kept, probes: int = 1) -> Tensor:
         """Next-token logits at the scored positions for each probe now installed: (P, N, vocabulary) float32."""
-        hidden = kept.hidden.repeat(probes, 1, 1) if probes > 1 else kept.hidden
-        tail = list(adapters.decoder_layers(self.model))[self.trainables.lowest :]
-        for layer, keywords in zip(tail, kept.calls, strict=True):
-            out = layer(hidden, **keywords)
-            hidden = out[0] if isinstance(out, tuple) else out
-        by_probe = hidden.view(probes, -1, *hidden.shape[1:])
-        picked = by_probe[:, kept.rows, kept.columns].reshape(-1, hidden.shape[-1])
-        scored = self.model.lm_head(self.model.model.norm(picked)).float()
+        hidden = kept.hidden.repeat(probes, *[1] * (kept.hidden.dim() - 1)) if probes > 1 else kept.hidden
+        top = self.tail[-1]
+        if not self.rows_only:
+            for layer, keywords in zip(self.tail[: -1 if self.splits else None], kept.calls, strict=False):
+                out = layer(hidden, **keywords)
+                hidden = out[0] if isinstance(out, tuple) else out
+            hidden = self._attended(kept, hidden, probes) if self.splits else self._picked(kept, hidden, probes)
+        if self.splits:
+            hidden = hidden + top.mlp(top.post_attention_layernorm(hidden))  # type: ignore[operator]
+        scored = self.model.lm_head(self.model.model.norm(hidden)).float()
         return scored.view(probes, len(kept.targets), -1)
 
     def losses(self, name: str, make: Callable[[], Dataset], probes: int = 1) -> Array:
@@ -142,5 +166,12 @@ class Frozen:
         return each.view(probes, -1).double().mean(1).cpu().numpy()
 
     def best_share(self, batch: int) -> int:
-        """How many probes to put in one call. Eight rows of text keep two cores busy; more only costs memory."""
-        return max(1, 8 // batch)
+        """How many probes to put in one call. Eight rows of text keep two cores busy and more only costs memory; when
+        only scored positions run, more probes share one reading of the head's weights."""
+        return max(1, (64 if self.rows_only else 8) // batch)
+
+
+def _splits(layer: nn.Module) -> bool:
+    """Whether `layer` is attention and FFN, each after a norm and with a residual, as in Llama and its kin."""
+    names = [name for name, _ in layer.named_children()]
+    return sorted(names) == ["input_layernorm", "mlp", "post_attention_layernorm", "self_attn"]

@@ -13,8 +13,8 @@ from edgellm_sdk.data import has_split, read
 from edgellm_sdk.errors import ConfigError, ModelError, StorageError
 from edgellm_sdk.gate import enforce, verify_export
 from edgellm_sdk.random import Stream
-from edgellm_sdk.report import Meter, Report
 from edgellm_sdk.relay import Relay
+from edgellm_sdk.report import Meter, Report
 from edgellm_sdk.steps.examples import held_out, inherited_data
 from edgellm_sdk.steps.step import Outcome, prepare, size_of
 from edgellm_sdk.types import Artifact, Metric, ModelHandle, Prompt, Session

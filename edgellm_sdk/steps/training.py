@@ -16,8 +16,8 @@ from edgellm_sdk.federate.ledger import Ledger
 from edgellm_sdk.federate.partition import partition as deal
 from edgellm_sdk.federate.rounds import Plan, Watch, resumed, run_rounds
 from edgellm_sdk.random import Stream
-from edgellm_sdk.report import Meter, Report
 from edgellm_sdk.relay import Relay
+from edgellm_sdk.report import Meter, Report
 from edgellm_sdk.steps.examples import inherited_data, training_data
 from edgellm_sdk.steps.step import Outcome, prepare, size_of
 from edgellm_sdk.types import Metric, State

@@ -162,7 +162,7 @@ def test_rejecting_rounds_leave_theta_and_ask_the_same_clients(handle: ModelHand
     first = method.aggregate(start, work(handle, start, shards, loose, ctx), loose, ctx)
     assert first.scalars["steps"] == 1 and first.scalars["minibatch"] == 1
 
-    strict = Config(layers=1, tau=first.scalars["variance"] / 6, limit=64, sampling=False, precision="float32")
+    strict = Config(layers=1, tau=first.scalars["variance"] / 6, limit=256, sampling=False, precision="float32")
     state, counts = method.initialise(handle, strict, ctx), []
     while state.scalars["steps"] == 0 and state.round < 64:
         before = {n: a.copy() for n, a in state.arrays.items() if n.startswith(method.THETA)}
@@ -180,7 +180,7 @@ def test_rejecting_rounds_leave_theta_and_ask_the_same_clients(handle: ModelHand
 def test_the_limit_guarantees_progress(handle: ModelHandle, tmp_path: Path) -> None:
     ctx = context(tmp_path)
     shards = {"a": dataset(8), "b": dataset(8)}
-    config = Config(layers=1, tau=1e-12, limit=3, precision="float32")
+    config = Config(layers=1, tau=1e-12, limit=3, perturbations=1, precision="float32")
     state = method.initialise(handle, config, ctx)
     for _ in range(3):
         state = method.aggregate(state, work(handle, state, shards, config, ctx), config, ctx)

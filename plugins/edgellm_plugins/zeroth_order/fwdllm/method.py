@@ -210,10 +210,8 @@ def aggregate(state: State, updates: Sequence[Update], config: Config, ctx: Cont
     ctx.curve("perturbations accepted over steps", scalars["steps"] + 1, sums.count)
     arrays = _step(theta, g, state, learning_rate(state.round, ctx.rounds, config), config)
     steps = scalars["steps"] + 1
-    scalars |= {
-        "collected": [0, 0], "weights": [0, 0], "rounds_on_minibatch": 0, "minibatch": scalars["minibatch"] + 1, "steps": steps,
-        "sampling": config.sampling and steps % 2 == 1,
-    }  # fmt: skip
+    scalars |= {"collected": [0, 0], "weights": [0, 0], "rounds_on_minibatch": 0, "steps": steps}
+    scalars |= {"minibatch": scalars["minibatch"] + 1, "sampling": config.sampling and steps % 2 == 1}
     longest = max(math.ceil(update.examples / config.batch_size) for update in updates)
     cohort = state.cohort + (scalars["minibatch"] % longest == 0)
     return State(state.base, number, arrays, scalars, cohort)
