@@ -168,7 +168,7 @@ class Frozen:
     def best_share(self, batch: int) -> int:
         """How many probes to put in one call. Eight rows of text keep two cores busy and more only costs memory; when
         only scored positions run, more probes share one reading of the head's weights."""
-        return max(1, (64 if self.rows_only else 8) // batch)
+        return max(1, (128 if self.rows_only else 8) // batch)
 
 
 def _splits(layer: nn.Module) -> bool:
