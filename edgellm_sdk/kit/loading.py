@@ -92,7 +92,8 @@ def load(handle: ModelHandle, dtype: str = "float32", device: str = "cpu", merge
         for folder in handle.adapters:
             from edgellm_sdk.kit import adapters
 
-            (adapters.merge if merge else adapters.apply)(model, folder)
+            with _quiet():
+                (adapters.merge if merge else adapters.apply)(model, folder)
         model.to(device)
     except MemoryError:
         raise DeviceError("not enough memory for the model", str(handle.path)) from None

@@ -128,7 +128,7 @@ def test_help_shows_bounds_units_and_choices(
     monkeypatch.setenv("TERMINAL_WIDTH", "220")
     out = edgellm("finetune", "--plugin", "fwdllm", "--help", env={**os.environ, "COLUMNS": "220"}).stdout
     assert "Options of fwdllm" in out
-    assert "(1..512; default 8)" in out
+    assert "(1..512; default 16)" in out
     assert "(>= 1 examples; default 8)" in out
     assert "(seeds, tensors; default seeds)" in out
     assert "--no-sampling" in out

@@ -350,3 +350,12 @@ def test_a_million_lines(tmp_path: Path) -> None:
     code += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     done = subprocess.run([sys.executable, "-c", code, str(path)], check=True, capture_output=True, text=True)
     assert int(done.stdout) < 600 << 10
+
+
+def test_answers_stand_for_the_labels_of_the_built_in_set() -> None:
+    ours = data.read("sms-spam", "valid")
+    assert (ours.labels, ours.answers) == (("ham", "spam"), ("No", "Yes"))
+    assert {(e.label, e.completion) for e in ours.examples} == {("ham", "No"), ("spam", "Yes")}
+    plain = data.read("sms-spam", "valid", "{text}\n{labels}?")
+    assert plain.answers == ("ham", "spam") and {e.completion for e in plain.examples} == {"ham", "spam"}
+    assert data.select(ours, [0, 1]).answers == ours.answers

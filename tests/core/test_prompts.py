@@ -125,5 +125,5 @@ def test_sms_spam_on_smollm2(smollm2: ModelHandle) -> None:
     rows = prompts.encode(tokenizer, examples, 128)
     assert len(rows) == len(examples) and all(len(row.tokens) <= 128 for row in rows)
     ends = {tokenizer.decode(row.tokens[row.start :]) for row in rows}
-    assert ends == {"ham<|im_end|>", "spam<|im_end|>"}
-    assert {len(row.tokens) - row.start for row in rows} <= {2, 3}
+    assert ends == {"No<|im_end|>", "Yes<|im_end|>"}
+    assert {len(row.tokens) - row.start for row in rows} == {2}
