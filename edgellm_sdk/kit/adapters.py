@@ -127,8 +127,8 @@ def decoder_layers(model: Any) -> nn.ModuleList:
 class Trainables:
     """The trainable tensors of one model. `initial` maps name -> (shape) float32; `frozen` what they rest on."""
 
-    def __init__(self, spec: Spec, lowest: int) -> None:
-        self.spec, self.lowest = spec, lowest
+    def __init__(self, spec: Spec, lowest: int, device: torch.device) -> None:
+        self.spec, self.lowest, self.device = spec, lowest, device
         self.initial: dict[str, Float32] = {}
         self.frozen: dict[str, Float32] = {}
         self._places: dict[str, tuple[_Probed, str]] = {}
@@ -145,7 +145,7 @@ class Trainables:
     def add(self, name: str, probed: _Probed, slot: str, value: Float32, train: bool = True) -> None:
         (self.initial if train else self.frozen)[name] = value
         self._places[name] = (probed, slot)
-        probed.slots[slot] = torch.from_numpy(value.copy())[None]
+        probed.slots[slot] = torch.from_numpy(value.copy())[None].to(self.device)
 
     def set(self, values: Mapping[str, Tensor]) -> None:
         """Use these values, each (P, *shape) float32, from the next forward on. All must have one P."""
@@ -156,10 +156,10 @@ class Trainables:
             raise ValueError("every tensor needs the same number of probes")
         for name, value in values.items():
             probed, slot = self._places[name]
-            probed.slots[slot] = value
+            probed.slots[slot] = value.to(self.device)
         for name, array in self.frozen.items():
             probed, slot = self._places[name]
-            probed.slots[slot] = torch.from_numpy(array)[None]
+            probed.slots[slot] = torch.from_numpy(array)[None].to(self.device)
 
     def set_one(self, values: Arrays) -> None:
         """Use one set of values, each of its own shape."""
@@ -175,7 +175,7 @@ def install(model: Any, spec: Spec, stream: Stream) -> Trainables:
     if spec.layers > len(layers):
         raise ConfigError(f"layers: {spec.layers} asked for, the model has {len(layers)}")
     lowest = len(layers) - (spec.layers or len(layers))
-    trainables = Trainables(spec, lowest)
+    trainables = Trainables(spec, lowest, next(model.parameters()).device)
     for index in range(lowest, len(layers)):
         prefix = f"model.layers.{index}."
         _install_layer(layers[index], prefix, trainables, stream)

@@ -63,7 +63,7 @@ def _frozen(model: ModelHandle, config: Config, ctx: Context) -> Frozen:
         tuple(name.strip() for name in config.targets.split(",") if name.strip()),
         config.reduction,
     )
-    budget = config.hidden_memory << 20
+    budget = min(config.hidden_memory << 20, ctx.memory if ctx.memory is not None else 1 << 62)
     return ctx.keep(
         f"fwdllm {model.digest}",
         lambda: Frozen(model, spec, ctx.stream("adapter"), config.precision, ctx.device, budget, config.max_length),
