@@ -210,18 +210,12 @@ def _stop_ids(reference: Session, candidate: Session) -> Check:
     return _verdict("stop ids", problems, len(reference.eos), "end ids shared")
 
 
-def log_softmax(logits: Float32) -> Array:
-    """(n, vocabulary) -> the same in float64, normalised."""
-    import numpy as np
-
-    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
-    return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True)))
-
-
 def divergence(reference: Float32, candidate: Float32) -> tuple[Array, Array, Array]:
     """Row by row over (n, vocabulary) logits: (KL(reference || candidate) in nats, whether the top choices agree, by
     how many nats the reference prefers its own choice to the candidate's), each (n,)."""
     import numpy as np
+
+    from edgellm_sdk.kit.scoring import log_softmax
 
     kl, agree, gap = [], [], []
     for start in range(0, len(reference), ROWS_AT_ONCE):

@@ -8,14 +8,13 @@ is taken, and NaN in the header, holes, overlaps, duplicate names and unknown dt
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import struct
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from edgellm_sdk.errors import FederationError, ModelError, printable
+from edgellm_sdk.errors import ModelError, printable
 from edgellm_sdk.types import Assignment, State, Update
 
 if TYPE_CHECKING:
@@ -154,11 +153,6 @@ def update_from_bytes(raw: bytes, where: str) -> Update:
     return Update(f["base"], f["round"], f["client"], f["kind"], arrays, f["examples"], f["rng"], f["scalars"])
 
 
-def nonce(update: Update) -> str:
-    """The identity of an update: a hash of its bytes, so a duplicate is recognised and a changed one is not."""
-    return hashlib.sha256(update_to_bytes(update)).hexdigest()[:32]
-
-
 def assignment_to_bytes(assignment: Assignment) -> bytes:
     fields = {
         "base": assignment.base, "round": assignment.round, "client": assignment.client,
@@ -208,9 +202,3 @@ def check_update(update: Update, state: State, client: str, known: Arrays | None
             if got.shape != array.shape or got.dtype != array.dtype:
                 return f"{name[:60]} is {got.dtype}{list(got.shape)}, not {array.dtype}{list(array.shape)}"
     return None
-
-
-def require_rng(update_rng: str, ours: str) -> None:
-    """FederationError unless seeds were drawn with the generator we replay with."""
-    if update_rng != ours:
-        raise FederationError(f"seeds of generator {update_rng!r} cannot be replayed with {ours!r}")
