@@ -18,12 +18,13 @@ import hashlib
 import io
 import json
 import re
+import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from edgellm_sdk.errors import ConfigError, DataError
 from edgellm_sdk.jsonl import bad, gunzip, records, table, text_field, word_field
@@ -50,16 +51,48 @@ class _Shape:
 
     name: str
     fields: tuple[str, ...]
-    parse: Callable[[dict[str, Any], Path, int, str | None], list[Example]]
+    parse: Callable[[dict[str, Any], Path, int, str | None], Sequence[Example | _Pair]]
 
 
-@dataclass(frozen=True)
-class _Labelled:
-    """A classification row before its prompt is made: that needs the labels of all rows."""
+@dataclass(frozen=True, slots=True)
+class _Pair:
+    """What a row asks and its answer: a completion, or a label, whose prompt needs the labels of all rows."""
 
     text: str
-    label: str
+    answer: str
     user: str | None
+
+
+class _Labelled(_Pair):
+    __slots__ = ()
+
+
+class _Asked(Sequence[Example]):
+    """Pairs as examples, each built when asked for: a million prompts held as messages would take a gigabyte."""
+
+    def __init__(self, pairs: Sequence[_Pair], fill: Callable[[str], str], answers: Mapping[str, str] | None) -> None:
+        self._pairs, self._fill, self._answers = pairs, fill, answers
+
+    def _example(self, pair: _Pair) -> Example:
+        prompt = _ask(self._fill(pair.text))
+        if self._answers is None:
+            return Example(prompt, pair.answer, user=pair.user)
+        return Example(prompt, self._answers[pair.answer], pair.answer, pair.user)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> _Asked: ...
+    def __getitem__(self, index: int | slice) -> Example | _Asked:
+        if isinstance(index, slice):
+            return _Asked(self._pairs[index], self._fill, self._answers)
+        return self._example(self._pairs[index])
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    def take(self, indices: Sequence[int]) -> _Asked:
+        return _Asked([self._pairs[i] for i in indices], self._fill, self._answers)
 
 
 def _messages(row: dict[str, Any], path: Path, line: int, user: str | None) -> list[Example]:
@@ -89,27 +122,29 @@ def _ask(text: str) -> Prompt:
     return ({"role": "user", "content": text},)
 
 
-def _completion(row: dict[str, Any], path: Path, line: int, user: str | None) -> list[Example]:
-    prompt = text_field(row, "prompt", path, line)
-    return [Example(_ask(prompt), text_field(row, "completion", path, line), user=user)]
+def _completion(row: dict[str, Any], path: Path, line: int, user: str | None) -> list[_Pair]:
+    return [_Pair(text_field(row, "prompt", path, line), text_field(row, "completion", path, line), user)]
 
 
-def _instruction(row: dict[str, Any], path: Path, line: int, user: str | None) -> list[Example]:
+def _instruction(row: dict[str, Any], path: Path, line: int, user: str | None) -> list[_Pair]:
     asked = text_field(row, "instruction", path, line)
     extra = text_field({"input": "", **row}, "input", path, line, empty=True)
-    return [Example(_ask(f"{asked}\n\n{extra}" if extra else asked), text_field(row, "output", path, line), user=user)]
+    return [_Pair(f"{asked}\n\n{extra}" if extra else asked, text_field(row, "output", path, line), user)]
 
 
 def _text(row: dict[str, Any], path: Path, line: int, user: str | None) -> list[Example]:
     return [Example("", text_field(row, "text", path, line), user=user)]
 
 
-_LABELLED = "text and label"
+def _labelled(row: dict[str, Any], path: Path, line: int, user: str | None) -> list[_Labelled]:
+    return [_Labelled(text_field(row, "text", path, line), sys.intern(word_field(row, "label", path, line)), user)]
+
+
 _SHAPES = (
     _Shape("messages", ("messages",), _messages),
     _Shape("prompt and completion", ("prompt", "completion"), _completion),
     _Shape("instruction and output", ("instruction", "output"), _instruction),
-    _Shape(_LABELLED, ("text", "label"), lambda row, path, line, user: []),
+    _Shape("text and label", ("text", "label"), _labelled),
     _Shape("text", ("text",), _text),
 )
 
@@ -129,7 +164,7 @@ def _shape(row: Mapping[str, Any], path: Path, line: int) -> _Shape:
     return found[0]
 
 
-def _jsonl(path: Path) -> Iterator[Example | _Labelled]:
+def _jsonl(path: Path) -> Iterator[Example | _Pair]:
     shape: _Shape | None = None
     for line, row in records(path):
         now = _shape(row, path, line)
@@ -138,10 +173,7 @@ def _jsonl(path: Path) -> Iterator[Example | _Labelled]:
         if now is not shape:
             raise bad(path, line, f"has the shape {now.name!r}, but line {first} has {shape.name!r}")
         user = word_field(row, "user", path, line) if row.get("user") is not None else None
-        if shape.name == _LABELLED:
-            yield _Labelled(text_field(row, "text", path, line), word_field(row, "label", path, line), user)
-        else:
-            yield from shape.parse(row, path, line, user)
+        yield from shape.parse(row, path, line, user)
 
 
 def _csv(path: Path) -> Iterator[_Labelled]:
@@ -155,15 +187,15 @@ def _csv(path: Path) -> Iterator[_Labelled]:
                 missing = "text" if not text else "label"
                 raise bad(path, 1, f"has no {missing!r} column; it has {columns}", "rename the header")
         user = word_field(row, "user", path, line) if row.get("user") else None
-        yield _Labelled(text_field(row, text, path, line), word_field(row, label, path, line), user)
+        yield _Labelled(text_field(row, text, path, line), sys.intern(word_field(row, label, path, line)), user)
 
 
-def _rows(path: Path) -> list[Example] | list[_Labelled]:
+def _rows(path: Path) -> list[Example] | list[_Pair] | list[_Labelled]:
     """All rows of one file; the reader streams, so a bad line stops it before the rest is read."""
-    rows = list(_csv(path) if path.suffix.lower() == ".csv" else _jsonl(path))
+    rows: list[Any] = list(_csv(path) if path.suffix.lower() == ".csv" else _jsonl(path))
     if not rows:
         raise bad(path, 1, "the file holds no examples")
-    return rows  # type: ignore[return-value]
+    return rows
 
 
 def _is_folder(path: Path) -> bool:
@@ -201,9 +233,9 @@ def _sms() -> dict[str, list[_Labelled]]:
     raw = gunzip((resources.files("edgellm_sdk") / "assets" / "sms_spam.csv.gz").read_bytes())
     if hashlib.sha256(raw).hexdigest() != SMS_SHA256:
         raise DataError("assets/sms_spam.csv.gz is damaged", fix="reinstall edgellm-sdk")
-    rows = [_Labelled(row["text"], row["label"], None) for row in csv.DictReader(io.StringIO(raw.decode()))]
-    train, rest = _stratify([row.label for row in rows], 0.7, Stream(0, "sms-spam"))
-    valid, test = _stratify([rows[i].label for i in rest], 1 / 3, Stream(0, "sms-spam", 1))
+    rows = [_Labelled(row["text"], sys.intern(row["label"]), None) for row in csv.DictReader(io.StringIO(raw.decode()))]
+    train, rest = _stratify([row.answer for row in rows], 0.7, Stream(0, "sms-spam"))
+    valid, test = _stratify([rows[i].answer for i in rest], 1 / 3, Stream(0, "sms-spam", 1))
     chosen = (train, [rest[i] for i in valid], [rest[i] for i in test])
     return {name: [rows[i] for i in part] for name, part in zip(SPLITS, chosen, strict=True)}
 
@@ -232,10 +264,10 @@ def read(source: str, split: str = "train", task_prompt: str | None = None) -> D
     if split not in SPLITS:
         raise ConfigError(f"{split!r} is not a split", "split", f"use {', '.join(SPLITS)}")
     labels: set[str] = set()
-    rows: Sequence[Example | _Labelled]
+    rows: Sequence[Example | _Pair]
     if source == BUILT_IN:
         splits = _sms()
-        rows, name, labels = splits[split], source, {row.label for part in splits.values() for row in part}
+        rows, name, labels = splits[split], source, {row.answer for part in splits.values() for row in part}
     else:
         path = Path(source)
         name = path.name
@@ -247,20 +279,21 @@ def read(source: str, split: str = "train", task_prompt: str | None = None) -> D
             if isinstance(rows[0], _Labelled):
                 # A prompt that lists the labels must list the same ones in every split.
                 others = [_rows(files[other]) for other in files if other != split]
-                labels = {row.label for other in others for row in other if row.label is not None}
+                labels = {row.answer for other in others for row in other if isinstance(row, _Labelled)}
         else:
             if "/" not in source and "." not in source and not _exists(path):
                 raise DataError(f"no such file, folder or built-in data set ({BUILT_IN})", source)
             rows = _rows(path)
-    if not isinstance(rows[0], _Labelled):
-        return _dataset([row for row in rows if isinstance(row, Example)], name, ())
-    labelled = [row for row in rows if isinstance(row, _Labelled)]
-    ordered = tuple(sorted(labels | {row.label for row in labelled}))
+    if isinstance(rows[0], Example):
+        return _dataset(tuple(row for row in rows if isinstance(row, Example)), name, ())
+    pairs = [row for row in rows if isinstance(row, _Pair)]
+    if not isinstance(pairs[0], _Labelled):
+        return _dataset(_Asked(pairs, str, None), name, ())
+    ordered = tuple(sorted(labels | {row.answer for row in pairs}))
     ours = source == BUILT_IN and task_prompt is None
     answers = {label: SMS_ANSWERS[label] if ours else label for label in ordered}
     fill = _template(SMS_PROMPT if ours else TASK_PROMPT if task_prompt is None else task_prompt, ordered)
-    examples = [Example(_ask(fill(r.text)), answers[r.label], r.label, r.user) for r in labelled]
-    return _dataset(examples, name, ordered, tuple(answers.values()))
+    return _dataset(_Asked(pairs, fill, answers), name, ordered, tuple(answers.values()))
 
 
 def _canonical(example: Example) -> bytes:
@@ -269,17 +302,18 @@ def _canonical(example: Example) -> bytes:
     return json.dumps(row, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode() + b"\n"
 
 
-def _dataset(examples: Iterable[Example], name: str, labels: tuple[str, ...], answers: tuple[str, ...] = ()) -> Dataset:
-    kept = tuple(examples)
+def _dataset(examples: Sequence[Example], name: str, labels: tuple[str, ...], answers: tuple[str, ...] = ()) -> Dataset:
     sha = hashlib.sha256(json.dumps([labels, answers]).encode())
-    for example in kept:
+    for example in examples:
         sha.update(_canonical(example))
-    return Dataset(kept, sha.hexdigest(), name, labels, answers)
+    return Dataset(examples, sha.hexdigest(), name, labels, answers)
 
 
 def select(dataset: Dataset, indices: Sequence[int]) -> Dataset:
     """The examples at `indices`, in that order; equal content gives an equal fingerprint."""
-    return _dataset((dataset.examples[i] for i in indices), dataset.name, dataset.labels, dataset.answers)
+    held = dataset.examples
+    chosen = held.take(indices) if isinstance(held, _Asked) else tuple(held[i] for i in indices)
+    return _dataset(chosen, dataset.name, dataset.labels, dataset.answers)
 
 
 def _stratify(labels: Sequence[str | None], fraction: float, stream: Stream) -> tuple[list[int], list[int]]:

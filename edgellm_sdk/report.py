@@ -241,7 +241,7 @@ class Meter:
         self.wall_seconds = round(time.monotonic() - self._wall, 3)
         self.cpu_seconds = round(_cpu() - self._cpu, 3)
         children = _peak_of_children()
-        self.peak_rss_bytes = max(_peak(), children if children > self._children else 0)
+        self.peak_rss_bytes = max(peak_rss(), children if children > self._children else 0)
         return self
 
 
@@ -266,7 +266,9 @@ def _forget_peak() -> None:
         return
 
 
-def _peak() -> int:
+def peak_rss() -> int:
+    """Peak resident bytes of this process. VmHWM where the kernel has it: ru_maxrss would still carry the parent's size
+    from before exec."""
     try:
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):

@@ -73,7 +73,7 @@ class ModelHandle:
         return stream_tensors(self)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Example:
     """One training or test example; the loss falls on `completion` (all of it when `prompt` is empty)."""
 
@@ -85,12 +85,12 @@ class Example:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Examples in file order; `fingerprint` is a sha256 of the content.
+    """Examples in file order, some built only when read; `fingerprint` is a sha256 of the content.
 
     Classification data has `labels` and, in the same order, the `answers` that stand for them as completions.
     """
 
-    examples: tuple[Example, ...]
+    examples: Sequence[Example]
     fingerprint: str
     name: str = ""
     labels: tuple[str, ...] = ()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +11,7 @@ import torch
 from edgellm_hardware.sampling import Chooser, cut
 from edgellm_sdk.errors import DataError, DeviceError
 from edgellm_sdk.kit import prompts
+from edgellm_sdk.report import peak_rss
 from edgellm_sdk.types import Artifact, Generation, ModelHandle, Prompt, SessionStats
 
 if TYPE_CHECKING:
@@ -27,19 +27,6 @@ def handle_of(subject: ModelHandle | Artifact) -> ModelHandle:
     from edgellm_sdk.models import resolve
 
     return resolve(str(subject.path))
-
-
-def peak_rss() -> int:
-    """Peak resident bytes of this process (VmHWM: unlike ru_maxrss it forgets what ran before exec)."""
-    import resource
-
-    try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) << 10
-    except OSError:
-        pass
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
 
 
 def batches(lengths: Sequence[int], budget: int = BATCH_TOKENS) -> Iterator[list[int]]:

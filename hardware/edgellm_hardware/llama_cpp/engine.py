@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import ctypes
 import os
-import resource
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from edgellm_hardware.llama_cpp.frames import MAX_PAYLOAD
+from edgellm_sdk.report import peak_rss
 
 MAX_SEQUENCES = 64  # llama.cpp's own limit is 256; each costs bookkeeping
 _CACHE_TYPES = {"f32": 0, "f16": 1}  # ggml_type
@@ -26,17 +25,6 @@ class Refused(Exception):
     def __init__(self, kind: str, text: str) -> None:
         self.kind = kind
         super().__init__(text)
-
-
-def peak_rss() -> int:
-    """Bytes. VmHWM where the kernel has it: ru_maxrss would still carry the parent's size from before exec."""
-    try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) << 10
-    except OSError:
-        pass
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
 
 
 class Engine:
