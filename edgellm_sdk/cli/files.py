@@ -8,10 +8,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgellm_sdk.cli.settings import Compress, Demo, Deploy, Evaluate, Export, Run
 from edgellm_sdk.cli.train import installed
 from edgellm_sdk.cli.verb import Answer, Request, Verb
 from edgellm_sdk.errors import ModelError, UsageError, printable
+from edgellm_sdk.settings import Compress, Demo, Deploy, Evaluate, Export, Run
 
 if TYPE_CHECKING:
     from edgellm_sdk.steps import Outcome

@@ -9,9 +9,9 @@ from typing import Any
 
 from edgellm_sdk import registry
 from edgellm_sdk.cli.screen import facts, size, table
-from edgellm_sdk.cli.settings import DataInfo
 from edgellm_sdk.cli.verb import Answer, Request, Verb
 from edgellm_sdk.errors import PluginError
+from edgellm_sdk.settings import DataInfo
 from edgellm_sdk.types import DeviceInfo
 
 EXIT_CODES = (

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from edgellm_sdk import config, registry
 from edgellm_sdk.cli.screen import facts, table
-from edgellm_sdk.cli.settings import NewPlugin
 from edgellm_sdk.cli.verb import Answer, Request, Verb
 from edgellm_sdk.errors import PluginError
+from edgellm_sdk.settings import NewPlugin
 
 
 def listing(request: Request) -> Answer:

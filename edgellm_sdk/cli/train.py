@@ -6,8 +6,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from edgellm_sdk import registry
-from edgellm_sdk.cli.settings import Aggregate, Finetune
 from edgellm_sdk.cli.verb import Answer, Request, Verb
+from edgellm_sdk.settings import Aggregate, Finetune
 
 
 def finetune(request: Request) -> Answer:

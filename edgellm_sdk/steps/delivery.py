@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from edgellm_sdk import config, models, registry, store
+from edgellm_sdk import config, models, registry, settings, store
 from edgellm_sdk.context import Context
 from edgellm_sdk.data import has_split, read
-from edgellm_sdk.errors import ConfigError, ModelError, StorageError
+from edgellm_sdk.errors import ModelError, StorageError
 from edgellm_sdk.gate import enforce, verify_export
 from edgellm_sdk.random import Stream
 from edgellm_sdk.relay import Relay
@@ -65,6 +65,7 @@ def export(
         raise StorageError("the file exists", str(target), "remove it or choose another --output")
     data, task_prompt = inherited_data(model, data, task_prompt)
     asked = {"model": model, "output": target.name, "data": data, "gate": gate, "seed": seed}
+    config.build(settings.Export, asked, "export")
     step = prepare("export", plugin, "export", asked, report_folder(target), seed, options or {})
     prompts = gate_prompts(data, task_prompt, seed)
     if dry_run:
@@ -161,19 +162,19 @@ def evaluate(
     """Measure a model or an exported file on held-out data: balanced accuracy, or loss and perplexity; with speed."""
     from edgellm_sdk.kit import scoring
 
-    if limit < 0:
-        raise ConfigError("limit must be >= 0", "eval")
+    asked = {"data": data, "split": split, "limit": limit, "balance": balance, "device": device, "seed": seed}
+    config.build(settings.Evaluate, asked, "eval")
     what = subject_of(subject)
     device = device or default_device(what)
     loaded = registry.get(device, "deploy")
-    settings: Any = config.build(loaded.plugin.config, options or {}, loaded.plugin.name)
+    chosen: Any = config.build(loaded.plugin.config, options or {}, loaded.plugin.name)
     dataset = held_out(data, split, task_prompt, balance, limit, seed)
-    asked = {"subject": subject, "data": data, "split": split, "limit": limit, "balance": balance, "device": device}
+    asked |= {"subject": subject, "device": device}
     origin, version = loaded.source.origin, loaded.plugin.version
-    report = Report.begin("eval", loaded.plugin.name, version, origin, config.as_dict(settings), asked, seed)
+    report = Report.begin("eval", loaded.plugin.name, version, origin, config.as_dict(chosen), asked, seed)
     ctx = Context(Path(output) if output else Path(), seed, device, quiet=quiet)
     with Meter() as meter:
-        relay = Relay([loaded], {loaded.plugin.name: settings})
+        relay = Relay([loaded], {loaded.plugin.name: chosen})
         session = relay.deploy(what, device, ctx)
         try:
             with ctx.progress(f"measuring on {device}", len(dataset)) as progress:

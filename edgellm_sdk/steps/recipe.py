@@ -20,14 +20,15 @@ of a named step. The recipe's `seed` is used by every step that has none.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from edgellm_sdk import config
+from edgellm_sdk import config, registry, settings
 from edgellm_sdk.config import nearest
-from edgellm_sdk.errors import ConfigError
+from edgellm_sdk.errors import ConfigError, EdgeLLMError
 from edgellm_sdk.report import Report
 from edgellm_sdk.steps.delivery import evaluate, export, report_folder
 from edgellm_sdk.steps.step import Outcome
@@ -42,7 +43,6 @@ VERBS: Mapping[str, Callable[..., Outcome]] = {
 }
 SUBJECT = {"finetune": "model", "compress": "model", "export": "model", "eval": "subject"}
 OURS = {"verb", "name"}
-KINDS: Mapping[str, Any] = {"bool": bool, "int": int, "float": (int, float), "str": str, "str | Path": str}
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -72,31 +72,35 @@ def _check(step: Mapping[str, Any], earlier: list[str]) -> list[str]:
     verb = str(step.get("verb", ""))
     if verb not in VERBS:
         return [f"verb {verb!r} is not one of {', '.join(VERBS)}{nearest(verb, VERBS)}"]
-    allowed = inspect.signature(VERBS[verb]).parameters
-    hidden = {"quiet", "resume", "dry_run", "output"} if verb != "export" else {"quiet", "resume", "dry_run"}
-    known = [key for key in allowed if key not in hidden]
-    problems = []
-    for key, value in step.items():
-        if key in OURS:
-            continue
-        if key not in known:
-            problems.append(f"unknown key {key!r}{nearest(key, known)}")
-        elif key == "options":
-            if not isinstance(value, dict):
-                problems.append("options is not a table")
-        elif not isinstance(value, KINDS[str(allowed[key].annotation)]) or (
-            isinstance(value, bool) and allowed[key].annotation != "bool"
-        ):
-            problems.append(f"{key}: {value!r} is not {allowed[key].annotation}")
+    declared = settings.IN_RECIPES[verb]
+    required = [name for name, p in inspect.signature(VERBS[verb]).parameters.items() if p.default is p.empty]
+    hidden = {"quiet", "resume", "dry_run"} | ({"output"} if verb != "export" else set())
+    known = {field.name for field in dataclasses.fields(declared)} - hidden | {"options", SUBJECT[verb]}
+    problems = [f"unknown key {key!r}{nearest(key, known)}" for key in step if key not in known | OURS]
+    values = {key: value for key, value in step.items() if key in known - {"options", "subject"}}
+    problems += _problems(lambda: config.build(declared, values, verb))
+    options, plugin = step.get("options", {}), step.get("plugin", "")
+    if not isinstance(options, dict):
+        problems.append("options is not a table")
+    elif isinstance(plugin, str) and plugin:
+        problems += _problems(lambda: config.build(registry.get(plugin, verb).plugin.config, options, plugin))
     subject = step.get(SUBJECT[verb], "")
     if isinstance(subject, str) and subject.startswith("@") and subject[1:] not in earlier:
         problems.append(f"{subject!r} names no earlier step{nearest(subject[1:], earlier)}")
     if not subject and not earlier:
         problems.append(f"the first step needs {SUBJECT[verb]}")
-    needed = [
-        k for k, p in allowed.items() if p.default is inspect.Parameter.empty and k not in (SUBJECT[verb], "output")
-    ]
-    return problems + [f"needs {key}" for key in needed if key not in step]
+    needed = [name for name in required if name not in (SUBJECT[verb], "output", *step)]
+    return problems + [f"needs {name}" for name in needed]
+
+
+def _problems(check: Callable[[], object]) -> list[str]:
+    try:
+        check()
+    except ConfigError as error:
+        return list(error.problems) or [error.what]
+    except EdgeLLMError as error:
+        return [error.what]
+    return []
 
 
 def run(recipe: str | Path, output: str | Path, *, resume: bool = False, quiet: bool = True) -> list[Outcome]:

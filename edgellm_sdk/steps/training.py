@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from edgellm_sdk import config, models, registry, store
+from edgellm_sdk import config, models, registry, settings, store
 from edgellm_sdk.context import Context
 from edgellm_sdk.data import read
 from edgellm_sdk.errors import ConfigError
@@ -53,19 +53,17 @@ def finetune(
     `rounds` 0 means 100; `clients_per_round` 0 means all; `memory` is a budget in MB, 0 for none; every `watch` rounds
     the state is measured on held-out data (0: never). A stopped run goes on with `resume` and ends in the same bytes.
     """
-    if clients < 1 or rounds < 0 or clients_per_round < 0 or watch < 0 or memory < 0 or not 0 < quorum <= 1:
-        problem = "clients >= 1, rounds, clients-per-round, watch and memory >= 0, and 0 < quorum <= 1"
-        raise ConfigError(f"out of bounds: wanted {problem}", "finetune")
     rounds = rounds or DEFAULT_ROUNDS
-    asked = {
+    asked: dict[str, Any] = {
         "model": model, "data": data, "clients": clients, "rounds": rounds, "clients_per_round": clients_per_round,
         "partition": partition, "seed": seed, "device": device, "aggregate": aggregate, "balance": balance,
         "task_prompt": task_prompt, "quorum": quorum, "watch": watch,
     }  # fmt: skip
+    config.build(settings.Finetune, asked | {"memory": memory}, "finetune")
     step = prepare("finetune", plugin, "finetune", asked, Path(output), seed, options or {})
     plugins = [step.loaded, *([registry.get(aggregate, "aggregate")] if aggregate else [])]
-    settings: dict[str, Any] = {p.plugin.name: config.build(p.plugin.config, {}, p.plugin.name) for p in plugins}
-    relay = Relay(plugins, settings | {step.loaded.plugin.name: step.settings})
+    defaults: dict[str, Any] = {p.plugin.name: config.build(p.plugin.config, {}, p.plugin.name) for p in plugins}
+    relay = Relay(plugins, defaults | {step.loaded.plugin.name: step.settings})
     if relay.answers("edgellm_aggregate") is None:
         raise ConfigError(f"{plugin!r} does not aggregate", "finetune", "add --aggregate fedavg")
     train, valid = training_data(data, task_prompt, balance, seed)
@@ -140,6 +138,7 @@ def compress(
     """A smaller model in `output/model`. `data` calibrates it; without, the data the model was tuned on, if known."""
     data, task_prompt = inherited_data(model, data, task_prompt)
     asked = {"model": model, "data": data, "task_prompt": task_prompt, "seed": seed}
+    config.build(settings.Compress, asked, "compress")
     step = prepare("compress", plugin, "compress", asked, Path(output), seed, options or {})
     calibration = read(data, "train", task_prompt or None) if data else None
     if dry_run:

@@ -298,8 +298,7 @@ def test_settings_are_the_arguments_of_the_python_function(name: str) -> None:
     import dataclasses
     import inspect
 
-    from edgellm_sdk import steps
-    from edgellm_sdk.cli import settings
+    from edgellm_sdk import settings, steps
 
     declared = {field.name: field.default for field in dataclasses.fields(getattr(settings, name.capitalize()))}
     parameters = inspect.signature(getattr(steps, name)).parameters

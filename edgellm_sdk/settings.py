@@ -112,3 +112,6 @@ class NewPlugin:
 class DataInfo:
     split: str = opt("train", "part of the data", choices=("train", "valid", "test"))
     task_prompt: str = opt("", TASK_PROMPT)
+
+
+IN_RECIPES = {"finetune": Finetune, "compress": Compress, "export": Export, "eval": Evaluate}

