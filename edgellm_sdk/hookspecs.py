@@ -17,6 +17,8 @@ import pluggy
 
 if TYPE_CHECKING:
     from edgellm_sdk.context import Context
+    from edgellm_sdk.kit.adapters import Spec
+    from edgellm_sdk.kit.objective import Objective
     from edgellm_sdk.report import Report
     from edgellm_sdk.types import (
         Artifact,
@@ -90,6 +92,14 @@ def edgellm_probe() -> DeviceInfo | None:
 @hookspec(firstresult=True)
 def edgellm_deploy(subject: ModelHandle | Artifact, device: str, config: Any, ctx: Context) -> Session | None:
     """Load a model or an exported file and give back a live Session; the caller closes it."""
+
+
+@hookspec(firstresult=True)
+def edgellm_objective(model: ModelHandle, spec: Spec, max_length: int, config: Any, ctx: Context) -> Objective | None:
+    """The loss of `model` as a function of the small trainable tensors that `spec` names, on a backend that can infer.
+
+    For `--device NAME` of a training run; `max_length` is in tokens. Optional.
+    """
 
 
 @hookspec

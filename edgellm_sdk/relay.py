@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from edgellm_sdk import registry
 from edgellm_sdk.context import Context
@@ -19,6 +19,10 @@ from edgellm_sdk.types import (
     State,
     Update,
 )
+
+if TYPE_CHECKING:
+    from edgellm_sdk.kit.adapters import Spec
+    from edgellm_sdk.kit.objective import Objective
 
 Result = TypeVar("Result")
 
@@ -132,6 +136,15 @@ class Relay:
             hook, Session, lambda call, config: call(subject=subject, device=device, config=config, ctx=ctx)
         )
         return self._need(hook, session)
+
+    def objective(self, model: ModelHandle, spec: Spec, max_length: int, ctx: Context) -> Objective:
+        hook = "edgellm_objective"
+        found: Objective | None = self._call(
+            hook,
+            object,
+            lambda call, config: call(model=model, spec=spec, max_length=max_length, config=config, ctx=ctx),
+        )
+        return self._need(hook, found)
 
     def measure(self, subject: Session | State, data: Dataset, ctx: Context) -> dict[str, Metric]:
         united: dict[str, Metric] = {}

@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -48,11 +49,11 @@ def our_step(frozen: Frozen, data: Dataset, pool: int) -> None:
     theta = frozen.trainables.initial
     directions = [estimator.direction(estimator.shapes_of(theta), pool, k) for k in range(PROBES)]
 
-    def loss(values, probes):  # type: ignore[no-untyped-def]
-        frozen.trainables.set(values)
-        return frozen.losses("batch", lambda: data, probes)
+    estimator.probe(partial(frozen.evaluate, "batch", lambda: data), theta, directions, STEP)
 
-    estimator.probe(loss, theta, directions, STEP, share=frozen.best_share(len(data)))
+
+CASES = ("inference", "client", "client-kept", "back-propagation with Adam", "back-propagation with Adam, all layers")
+MODEL_LAYERS = 30
 
 
 class Plain:
@@ -99,7 +100,7 @@ def plain_step(plain: Plain, data: Dataset) -> None:
 
 
 def peak(case: str, layers: int) -> float:
-    """MB that a fresh process needed at most, for `inference`, `client` (nothing kept) or `client-kept`."""
+    """MB that a fresh process needed at most for one of CASES."""
     done = subprocess.run(
         [sys.executable, __file__, "--case", case, "--layers", str(layers)], capture_output=True, text=True, check=True
     )
@@ -117,6 +118,14 @@ def run_case(case: str, layers: int) -> None:
         with torch.inference_mode():
             hidden = loaded.model.model(input_ids=tokens, use_cache=False).last_hidden_state
             loaded.model.lm_head(hidden[:, -2:].reshape(-1, hidden.shape[-1]))  # strided rows would cost a copy
+    elif case.startswith("back-propagation"):
+        plain = Plain(MODEL_LAYERS if case.endswith("all layers") else layers)
+        adam = torch.optim.Adam(plain.theta, lr=1e-3)
+        tokens, mask, labels = plain.inputs(data)
+        for _ in range(2):
+            plain.model(input_ids=tokens, attention_mask=mask, labels=labels).loss.backward()
+            adam.step()
+            adam.zero_grad(set_to_none=True)
     else:
         frozen = ours(layers, (512 << 20) if case == "client-kept" else 0)
         for pool in range(2):
@@ -136,7 +145,7 @@ def main() -> None:
     if asked.case:
         run_case(asked.case, asked.layers)
         return
-    memory = {case: peak(case, asked.layers) for case in ("inference", "client", "client-kept")}
+    memory = {case: peak(case, asked.layers) for case in CASES}
     data, frozen, plain = minibatch(), ours(asked.layers, 512 << 20), Plain(asked.layers)
     our_step(frozen, data, 0)
     frozen._kept.clear()  # every timed turn starts with a fresh minibatch: its frozen layers are paid for

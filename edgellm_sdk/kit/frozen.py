@@ -13,17 +13,19 @@ from __future__ import annotations
 
 import types
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edgellm_sdk.kit import adapters, prompts
+from edgellm_sdk.kit import adapters, prompts, scoring
 from edgellm_sdk.random import Stream
-from edgellm_sdk.types import Array, Dataset, ModelHandle
+from edgellm_sdk.types import Array, Arrays, Dataset, Float32, Metric, ModelHandle
 
 
 @dataclass
@@ -47,7 +49,11 @@ class Kept:
 
 
 class Frozen:
-    """`budget` bounds the kept hidden states, in bytes; `dtype` is that of the base, trainables stay float32."""
+    """The `Objective` in torch.
+
+    `budget` bounds the kept hidden states, in bytes; `dtype` is that of the base, trainables stay float32; `share`
+    candidates go into one call, 0 chooses by batch size.
+    """
 
     def __init__(
         self,
@@ -58,11 +64,12 @@ class Frozen:
         device: str = "cpu",
         budget: int = 512 << 20,
         max_length: int = 128,
+        share: int = 0,
     ) -> None:
         loaded = handle.load(dtype=dtype, device=device)
         self.model, self.tokenizer = loaded.model, loaded.tokenizer
         self.trainables = adapters.install(self.model, spec, stream)
-        self.budget, self.max_length = budget, max_length
+        self.budget, self.max_length, self.share = budget, max_length, share
         self.device = next(self.model.parameters()).device
         layers = adapters.decoder_layers(self.model)
         self.tail = list(layers)[self.trainables.lowest :]
@@ -71,6 +78,35 @@ class Frozen:
         self.rows_only = self.splits and all(name.startswith(above) for name in self.trainables.names)
         self._kept: OrderedDict[str, Kept] = OrderedDict()
         self._bytes = 0
+
+    @property
+    def initial(self) -> Mapping[str, Float32]:
+        return self.trainables.initial
+
+    def evaluate(
+        self,
+        name: str,
+        make: Callable[[], Dataset],
+        theta: Arrays,
+        directions: Sequence[Arrays],
+        steps: Sequence[float],
+    ) -> Array:
+        """As in `Objective`."""
+        examples = int(self.batch(name, make).rows[-1]) + 1
+        share = self.share or self.best_share(examples)
+        found = []
+        for i in range(0, len(directions), share):
+            chosen = directions[i : i + share]
+            self.trainables.set(_stack(theta, chosen, steps[i : i + share]))
+            found.append(self.losses(name, make, len(chosen)))
+        return np.concatenate(found)
+
+    def measure(self, theta: Arrays, data: Dataset) -> dict[str, Metric]:
+        self.trainables.set_one(theta)
+        return scoring.of_frozen(self, data)
+
+    def write(self, folder: Path, theta: Arrays, base: Mapping[str, str]) -> None:
+        adapters.write(folder, self.trainables, theta, base)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, nothing added."""
@@ -169,6 +205,18 @@ class Frozen:
         """How many probes to put in one call. Eight rows of text keep two cores busy and more only costs memory; when
         only scored positions run, more probes share one reading of the head's weights."""
         return max(1, (128 if self.rows_only else 8) // batch)
+
+
+def _stack(theta: Arrays, directions: Sequence[Arrays], steps: Sequence[float]) -> dict[str, Tensor]:
+    """theta + step_k * v_k for every k: name -> (P, *shape) float32."""
+    stacked = {}
+    for name, value in theta.items():
+        out = np.empty((len(directions), *value.shape), np.float32)
+        for row, v, step in zip(out, directions, steps, strict=True):
+            np.multiply(v[name], np.float32(step), out=row)
+            row += value
+        stacked[name] = torch.from_numpy(out)
+    return stacked
 
 
 def _splits(layer: nn.Module) -> bool:

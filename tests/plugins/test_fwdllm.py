@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from edgellm_sdk.context import Context
 from edgellm_sdk.kit import adapters, prompts
 from edgellm_sdk.kit.frozen import Frozen
 from edgellm_sdk.random import Stream
-from edgellm_sdk.types import Dataset, Example, ModelHandle, State, Update
+from edgellm_sdk.types import Arrays, Dataset, Example, ModelHandle, State, Update
 
 
 def dataset(n: int = 24) -> Dataset:
@@ -75,12 +76,8 @@ def test_jvp_agrees_with_autograd_and_its_error_is_second_order(handle: ModelHan
     value(live).backward()
     exact = sum(float((live[name].grad[0] * torch.from_numpy(v[name])).sum()) for name in theta)  # type: ignore[index]
 
-    def loss(values: Mapping[str, torch.Tensor], probes: int) -> np.ndarray:
-        frozen.trainables.set(values)
-        return np.asarray(frozen.losses("batch", lambda: dataset(), probes))
-
     frozen._kept["batch"] = kept
-    estimate = estimator.probe(loss, theta, [v], 0.01)
+    estimate = estimator.probe(partial(frozen.evaluate, "batch", dataset), theta, [v], 0.01)
     assert float(estimate.jvp[0]) == pytest.approx(exact, rel=0.01)
 
 
@@ -99,8 +96,8 @@ def test_central_difference_error_falls_a_hundredfold_in_float64() -> None:
 
 
 def linear_loss(g: np.ndarray) -> estimator.Loss:
-    def loss(values: Mapping[str, torch.Tensor], probes: int) -> np.ndarray:
-        return values["x"].double().numpy() @ g
+    def loss(theta: Arrays, directions: Sequence[Arrays], steps: Sequence[float]) -> np.ndarray:
+        return np.array([(theta["x"] + h * v["x"]) @ g for v, h in zip(directions, steps, strict=True)])
 
     return loss
 
@@ -111,7 +108,7 @@ def test_forward_gradients_are_unbiased_with_the_known_spread() -> None:
     g = random.normal(11, d).astype(np.float64)
     theta = {"x": np.zeros(d, np.float32)}
     directions = [estimator.direction({"x": (d,)}, 99, k) for k in range(n)]
-    estimate = estimator.probe(linear_loss(g), theta, directions, 0.01, share=50)
+    estimate = estimator.probe(linear_loss(g), theta, directions, 0.01)
     sums = HalfSums({"x": (d,)})
     for k, (v, jvp) in enumerate(zip(directions, estimate.jvp, strict=True)):
         sums.add(estimator.scaled(v, float(jvp)), k % 2)
@@ -238,12 +235,10 @@ def test_probes_that_share_a_call_give_the_same_losses(handle: ModelHandle) -> N
         theta = frozen.trainables.initial
         directions = [estimator.direction(estimator.shapes_of(theta), 1, k) for k in range(3)]
 
-        def loss(values: Mapping[str, torch.Tensor], probes: int, frozen: Frozen = frozen) -> np.ndarray:
-            frozen.trainables.set(values)
-            return np.asarray(frozen.losses("x", lambda: dataset(5), probes))
-
-        one = estimator.probe(loss, theta, directions, 0.05, share=1)
-        many = estimator.probe(loss, theta, directions, 0.05, share=6)
+        found = []
+        for frozen.share in (1, 6):
+            found.append(estimator.probe(partial(frozen.evaluate, "x", lambda: dataset(5)), theta, directions, 0.05))
+        one, many = found
         np.testing.assert_allclose(one.loss, many.loss, rtol=1e-5)
 
 
@@ -275,7 +270,7 @@ def test_no_autograd_anywhere(handle: ModelHandle, tmp_path: Path, monkeypatch: 
     config = Config(layers=1, precision="float32")
     state = method.initialise(handle, config, ctx)
     work(handle, state, {"a": dataset(8)}, config, ctx)
-    frozen = next(value for _, value in ctx.kept("fwdllm "))
+    frozen = next(value for _, value in ctx.kept("objective "))
     assert not any(parameter.requires_grad for parameter in frozen.model.parameters())
 
 

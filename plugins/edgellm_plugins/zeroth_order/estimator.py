@@ -2,7 +2,7 @@
 
 theta is a mapping name -> float32 array. A direction v has theta's shapes and is addressed by numbers, never stored:
 v[name] = normal(key(pool, name, index)), equal on every platform (`edgellm_sdk.random`). A loss is any function of
-stacked candidate values, so the same code drives torch, a quantised base or an engine that can only infer.
+theta, directions and steps, so the same code drives torch, a quantised base or an engine that can only infer.
 """
 
 from __future__ import annotations
@@ -13,15 +13,13 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from edgellm_sdk import random
 from edgellm_sdk.types import Array, Arrays, Float32
 
 Values: TypeAlias = dict[str, Float32]
-Loss: TypeAlias = Callable[[Mapping[str, Tensor], int], Array]
-"""(values name -> (P, *shape) float32, P) -> (P,) float64 losses."""
+Loss: TypeAlias = Callable[[Arrays, Sequence[Arrays], Sequence[float]], Array]
+"""(theta, directions, steps) -> losses at theta + steps[k] * directions[k], (n,) float64."""
 
 
 def direction(shapes: Mapping[str, tuple[int, ...]], pool: int, picks: Mapping[str, int] | int) -> Values:
@@ -47,47 +45,24 @@ class Estimate:
     forwards: int
 
 
-def _stack(theta: Arrays, directions: Sequence[Values], steps: Sequence[float]) -> dict[str, Tensor]:
-    """theta + step_k * v_k for every k: name -> (P, *shape) float32."""
-    stacked = {}
-    for name, value in theta.items():
-        out = np.empty((len(directions), *value.shape), np.float32)
-        for row, v, step in zip(out, directions, steps, strict=True):
-            np.multiply(v[name], np.float32(step), out=row)
-            row += value
-        stacked[name] = torch.from_numpy(out)
-    return stacked
-
-
-def probe(
-    loss: Loss, theta: Arrays, directions: Sequence[Values], h: float, difference: str = "central", share: int = 1
-) -> Estimate:
+def probe(loss: Loss, theta: Arrays, directions: Sequence[Values], h: float, difference: str = "central") -> Estimate:
     """Directional derivatives of `loss` at theta along each direction.
 
     central: (f(theta + h v) - f(theta - h v)) / 2h, error O(h^2), 2n forwards;
     forward: (f(theta + h v) - f(theta)) / h, error O(h), n + 1 forwards.
-    `share` candidates are evaluated in one call.
     """
     n = len(directions)
     if difference == "central":
         pairs = [d for v in directions for d in (v, v)]
-        values = _evaluate(loss, theta, pairs, [h, -h] * n, share)
+        values = loss(theta, pairs, [h, -h] * n)
         plus, minus = values[0::2], values[1::2]
         jvp, near = (plus - minus) / (2 * h), (plus + minus) / 2
     else:
-        base = _evaluate(loss, theta, directions[:1], [0.0], 1)[0]
-        plus = _evaluate(loss, theta, directions, [h] * n, share)
+        base = loss(theta, directions[:1], [0.0])[0]
+        plus = loss(theta, directions, [h] * n)
         values = np.append(plus, base)
         jvp, near = (plus - base) / h, (plus + base) / 2
     return Estimate(jvp.astype(np.float32), near.astype(np.float32), len(values))
-
-
-def _evaluate(loss: Loss, theta: Arrays, directions: Sequence[Values], steps: Sequence[float], share: int) -> Array:
-    found = [
-        loss(_stack(theta, directions[i : i + share], steps[i : i + share]), len(directions[i : i + share]))
-        for i in range(0, len(directions), share)
-    ]
-    return np.concatenate(found)
 
 
 def scaled(v: Values, jvp: float) -> Values:

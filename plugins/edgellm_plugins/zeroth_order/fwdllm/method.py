@@ -27,11 +27,11 @@ Where we differ from the published code (and why):
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-from torch import Tensor
 
 from edgellm_plugins.zeroth_order import estimator
 from edgellm_plugins.zeroth_order.estimator import HalfSums, Values
@@ -39,8 +39,8 @@ from edgellm_plugins.zeroth_order.fwdllm import Config
 from edgellm_sdk import random
 from edgellm_sdk.context import Context
 from edgellm_sdk.errors import DataError
-from edgellm_sdk.kit import adapters, scoring
-from edgellm_sdk.kit.frozen import Frozen
+from edgellm_sdk.kit import adapters
+from edgellm_sdk.kit.objective import Objective, objective
 from edgellm_sdk.types import Array, Arrays, Assignment, Dataset, Metric, ModelHandle, Session, State, Update
 
 THETA, PREVIOUS, FIRST, SECOND, MOMENT1, MOMENT2 = "theta/", "previous/", "sum0/", "sum1/", "moment1/", "moment2/"
@@ -54,7 +54,7 @@ def _named(arrays: Arrays, prefix: str) -> dict[str, Array]:
     return {prefix + name: array for name, array in arrays.items()}
 
 
-def _frozen(model: ModelHandle, config: Config, ctx: Context) -> Frozen:
+def _objective(model: ModelHandle, config: Config, ctx: Context) -> Objective:
     spec = adapters.Spec(
         config.train,
         config.layers,
@@ -63,16 +63,12 @@ def _frozen(model: ModelHandle, config: Config, ctx: Context) -> Frozen:
         tuple(name.strip() for name in config.targets.split(",") if name.strip()),
         config.reduction,
     )
-    budget = min(config.hidden_memory << 20, ctx.memory if ctx.memory is not None else 1 << 62)
-    return ctx.keep(
-        f"fwdllm {model.digest}",
-        lambda: Frozen(model, spec, ctx.stream("adapter"), config.precision, ctx.device, budget, config.max_length),
-    )
+    return objective(model, spec, ctx, config.precision, config.hidden_memory, config.max_length, config.share)
 
 
 def initialise(model: ModelHandle, config: Config, ctx: Context) -> State:
     """theta_0, with nothing collected yet."""
-    theta = _frozen(model, config, ctx).trainables.initial
+    theta = _objective(model, config, ctx).initial
     scalars = {
         "minibatch": 0, "rounds_on_minibatch": 0, "collected": [0, 0], "weights": [0, 0], "steps": 0, "forwards": 0,
         "tau": config.tau, "variance": None, "sampling": False,
@@ -124,7 +120,6 @@ def finetune(model: ModelHandle, data: Dataset, assignment: Assignment, config: 
     """One client's perturbed inferences on its current minibatch."""
     if not len(data):
         raise DataError("has no examples", assignment.client)
-    frozen = _frozen(model, config, ctx)
     theta = _part(assignment.arrays, THETA)
     n = config.perturbations
     picks = {name: list(range(n)) for name in theta}
@@ -133,9 +128,10 @@ def finetune(model: ModelHandle, data: Dataset, assignment: Assignment, config: 
     directions = _draw(theta, int(assignment.arrays["pool"][0]), picks, n)
 
     place, indices = _minibatch(data, assignment.client, assignment.scalars["minibatch"], config, ctx)
-    loss = _loss(frozen, f"{assignment.client}/{place}", lambda: data.select(indices))
-    share = config.share or frozen.best_share(len(indices))
-    estimate = estimator.probe(loss, theta, directions, config.step, config.difference, share)
+    loss = partial(
+        _objective(model, config, ctx).evaluate, f"{assignment.client}/{place}", lambda: data.select(indices)
+    )
+    estimate = estimator.probe(loss, theta, directions, config.step, config.difference)
 
     arrays: dict[str, Array] = {"loss": estimate.loss}
     if config.wire == "seeds":
@@ -146,14 +142,6 @@ def finetune(model: ModelHandle, data: Dataset, assignment: Assignment, config: 
     kind = "seeds" if config.wire == "seeds" else "gradients"
     scalars = {"forwards": estimate.forwards}
     return Update(assignment.base, assignment.round, assignment.client, kind, arrays, len(data), random.RNG_ID, scalars)
-
-
-def _loss(frozen: Frozen, name: str, examples: Callable[[], Dataset]) -> estimator.Loss:
-    def loss(values: Mapping[str, Tensor], probes: int) -> Array:
-        frozen.trainables.set(values)
-        return np.asarray(frozen.losses(name, examples, probes))
-
-    return loss
 
 
 def screen(updates: Sequence[Update], state: State) -> dict[str, str]:
@@ -262,11 +250,10 @@ def _draw_curves(ctx: Context, number: int, loss: float, variance: float, count:
 
 def measure(subject: Session | State, data: Dataset, ctx: Context) -> Mapping[str, Metric] | None:
     """Loss and, for labelled data, balanced accuracy of theta in the middle of a run."""
-    frozen = next((f for name, f in ctx.kept("fwdllm ")), None)
-    if not isinstance(subject, State) or not isinstance(frozen, Frozen):
+    live: Objective | None = next((kept for _, kept in ctx.kept("objective ")), None)
+    if not isinstance(subject, State) or live is None:
         return None
-    frozen.trainables.set_one(_part(subject.arrays, THETA))
-    return scoring.of_frozen(frozen, data)
+    return live.measure(_part(subject.arrays, THETA), data)
 
 
 def personalise(model: ModelHandle, state: State, folder: Path, config: Config, ctx: Context) -> ModelHandle:
@@ -274,5 +261,5 @@ def personalise(model: ModelHandle, state: State, folder: Path, config: Config, 
     from edgellm_sdk.models import resolve
 
     base = {"path": str(model.path), "digest": model.digest, "name": model.name}
-    adapters.write(folder, _frozen(model, config, ctx).trainables, _part(state.arrays, THETA), base)
+    _objective(model, config, ctx).write(folder, _part(state.arrays, THETA), base)
     return resolve(str(folder))
