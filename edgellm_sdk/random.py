@@ -31,15 +31,12 @@ def key(seed: int, name: str, index: int = 0) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
 
-def blocks(key: int, start: int, count: int) -> Array:
-    """Philox4x32-10 blocks start .. start+count-1 of a key: (count, 4) uint32."""
+def philox(key: int, counters: Sequence[Array]) -> Array:
+    """Philox4x32-10 of a key at many counters: four arrays (n,) uint64 of 32-bit words, low first -> (n, 4) uint32."""
     import numpy as np
 
-    counter = np.arange(start, start + count, dtype=np.uint64)
     low, high = np.uint64(0xFFFFFFFF), np.uint64(32)
-    c0, c1 = counter & low, counter >> high
-    c2 = np.zeros_like(c0)
-    c3 = np.zeros_like(c0)
+    c0, c1, c2, c3 = counters
     k0, k1 = key & 0xFFFFFFFF, key >> 32
     for _ in range(10):
         p0, p1 = c0 * np.uint64(_M0), c2 * np.uint64(_M1)
@@ -51,6 +48,15 @@ def blocks(key: int, start: int, count: int) -> Array:
         )
         k0, k1 = (k0 + _W0) & 0xFFFFFFFF, (k1 + _W1) & 0xFFFFFFFF
     return np.stack([c0, c1, c2, c3], axis=1).astype(np.uint32)
+
+
+def blocks(key: int, start: int, count: int) -> Array:
+    """Philox4x32-10 blocks start .. start+count-1 of a key: (count, 4) uint32."""
+    import numpy as np
+
+    counter = np.arange(start, start + count, dtype=np.uint64)
+    zeros = np.zeros_like(counter)
+    return philox(key, (counter & np.uint64(0xFFFFFFFF), counter >> np.uint64(32), zeros, zeros))
 
 
 @lru_cache(maxsize=1)

@@ -65,6 +65,28 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+@contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `target`, in place of what is there, when the block ends."""
+    temp = target.parent / f".{target.name}.{os.getpid()}.tmp"
+    try:
+        shutil.rmtree(temp, ignore_errors=True)
+        temp.mkdir(parents=True)
+        yield temp
+        for path in temp.iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        sync_folder(temp)
+        if target.exists():
+            shutil.rmtree(target)
+        temp.replace(target)
+        sync_folder(target.parent)
+    except OSError as error:
+        raise storage_error(error, target) from error
+    finally:
+        shutil.rmtree(temp, ignore_errors=True)
+
+
 def write_bytes(path: Path, data: bytes) -> None:
     with atomic(path) as file:
         file.write(data)

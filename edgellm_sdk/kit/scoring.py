@@ -76,11 +76,16 @@ def of_frozen(frozen: Frozen, data: Dataset) -> dict[str, Metric]:
         if firsts:
             starts = np.searchsorted(rows, np.arange(len(part)))
             predicted += [data.labels[i] for i in logits[starts][:, firsts].argmax(1)]
-    metrics = {"validation loss": mean(np.concatenate(losses), "nats/token")}
-    if firsts:
+    return metrics(np.concatenate(losses), predicted, data)
+
+
+def metrics(losses: Array, predicted: Sequence[str], data: Dataset) -> dict[str, Metric]:
+    """Validation loss from the losses of all scored tokens and, for labelled data, balanced accuracy."""
+    found = {"validation loss": mean(losses, "nats/token")}
+    if data.labels:
         truth = [str(example.label) for example in data.examples]
-        metrics["balanced accuracy"] = balanced_accuracy(truth, predicted, data.labels)
-    return metrics
+        found["balanced accuracy"] = balanced_accuracy(truth, predicted, data.labels)
+    return found
 
 
 def predict(session: Session, data: Dataset, advance: Callable[[int], None] = lambda done: None) -> list[str]:

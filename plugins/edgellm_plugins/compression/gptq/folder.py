@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,28 +66,6 @@ def summarise(records: Sequence[Mapping[str, Any]], config: Config, ctx: Context
     )
 
 
-@contextmanager
-def _replacing(target: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `target` when the block ends."""
-    temp = target.parent / f".{target.name}.{os.getpid()}.tmp"
-    try:
-        shutil.rmtree(temp, ignore_errors=True)
-        temp.mkdir(parents=True)
-        yield temp
-        for path in temp.iterdir():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        store.sync_folder(temp)
-        if target.exists():
-            shutil.rmtree(target)
-        temp.replace(target)
-        store.sync_folder(target.parent)
-    except OSError as error:
-        raise store.storage_error(error, target) from error
-    finally:
-        shutil.rmtree(temp, ignore_errors=True)
-
-
 def _kept(source: Path, model: nn.Module, quantised: set[str]) -> dict[str, Tensor]:
     """The source's tensors that are not quantised, merged values in the dtype each was stored in."""
     state, kept = model.state_dict(), {}
@@ -118,7 +94,7 @@ def write(source: ModelHandle, model: nn.Module, arrays: Arrays, config: Config,
             "static_groups": False, "lm_head": False, "checkpoint_format": "gptq_v2", "pack_dtype": "int32",
             "meta": {"quantizer": [f"edgellm:{PLUGIN.version}"]},
         }  # fmt: skip
-    with _replacing(target) as temp:
+    with store.replacing(target) as temp:
         for name in checkpoint.SIDE_FILES:
             if name != checkpoint.CONFIG and (source.path / name).is_file():
                 shutil.copyfile(source.path / name, temp / name)

@@ -1,0 +1,35 @@
+"""Sparse-MeZO: only the smaller weights move (arXiv 2402.15751, NeurIPS 2025)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from edgellm_plugins.zeroth_order.hooks import seed_hooks
+from edgellm_plugins.zeroth_order.options import Options
+from edgellm_sdk.config import opt
+from edgellm_sdk.registry import Plugin
+
+
+@dataclass(frozen=True)
+class Config(Options):
+    keep: float = opt(0.25, "share of each matrix, its smallest weights, that moves", ge=0.001, le=1)
+
+
+PLUGIN = Plugin(
+    name="sparse-mezo",
+    summary="MeZO on the weights of small magnitude",
+    version="0.1.0",
+    config=Config,
+    paper="arXiv 2402.15751",
+)
+
+
+(
+    edgellm_initialise,
+    edgellm_assign,
+    edgellm_finetune,
+    edgellm_screen,
+    edgellm_aggregate,
+    edgellm_personalise,
+    edgellm_measure,
+) = seed_hooks(__name__)
