@@ -1,5 +1,4 @@
-"""The hooks of every method whose run is a log of (seed, scalar); see `trajectory.SeedMethod`. Light: imports nothing
-heavy before a hook runs."""
+"""The hooks of every method on seeded directions, `METHOD` in its method.py. Light until a hook runs."""
 
 from __future__ import annotations
 
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from edgellm_sdk.hookspecs import hookimpl
 
 if TYPE_CHECKING:
-    from edgellm_plugins.zeroth_order.options import Options
+    from edgellm_plugins.zeroth_order.candidates import CandidateMethod
     from edgellm_plugins.zeroth_order.trajectory import SeedMethod
     from edgellm_sdk.context import Context
     from edgellm_sdk.types import Assignment, Dataset, Metric, ModelHandle, Session, State, Update
@@ -22,21 +21,21 @@ Hooks = tuple[Callable[..., Any], ...]
 def seed_hooks(package: str) -> Hooks:
     """(initialise, assign, finetune, screen, aggregate, personalise, measure) of `package`.method.METHOD."""
 
-    def method() -> SeedMethod:
-        found: SeedMethod = import_module(f"{package}.method").METHOD
+    def method() -> SeedMethod | CandidateMethod:
+        found: SeedMethod | CandidateMethod = import_module(f"{package}.method").METHOD
         return found
 
     @hookimpl
-    def edgellm_initialise(model: ModelHandle, config: Options, ctx: Context) -> State:
+    def edgellm_initialise(model: ModelHandle, config: Any, ctx: Context) -> State:
         return method().initialise(model, config, ctx)
 
     @hookimpl
-    def edgellm_assign(state: State, clients: Sequence[str], config: Options) -> Mapping[str, Assignment]:
+    def edgellm_assign(state: State, clients: Sequence[str], config: Any) -> Mapping[str, Assignment]:
         return method().assign(state, clients, config)
 
     @hookimpl
     def edgellm_finetune(
-        model: ModelHandle, data: Dataset, assignment: Assignment, config: Options, ctx: Context
+        model: ModelHandle, data: Dataset, assignment: Assignment, config: Any, ctx: Context
     ) -> Update:
         return method().finetune(model, data, assignment, config, ctx)
 
@@ -45,13 +44,11 @@ def seed_hooks(package: str) -> Hooks:
         return method().screen(updates, state, ctx.configs[method().name])
 
     @hookimpl
-    def edgellm_aggregate(state: State, updates: Sequence[Update], config: Options, ctx: Context) -> State:
+    def edgellm_aggregate(state: State, updates: Sequence[Update], config: Any, ctx: Context) -> State:
         return method().aggregate(state, updates, config, ctx)
 
     @hookimpl
-    def edgellm_personalise(
-        model: ModelHandle, state: State, folder: Path, config: Options, ctx: Context
-    ) -> ModelHandle:
+    def edgellm_personalise(model: ModelHandle, state: State, folder: Path, config: Any, ctx: Context) -> ModelHandle:
         return method().personalise(model, state, folder, config, ctx)
 
     @hookimpl

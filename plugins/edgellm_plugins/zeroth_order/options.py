@@ -59,3 +59,13 @@ class Options(Local):
     beta1: float = opt(0.9, "momentum and adam: decay of the first moment", ge=0, le=0.9999)
     beta2: float = opt(0.999, "adam: decay of the second moment", ge=0, le=0.99999)
     window: int = opt(32, "momentum and adam: steps replayed", unit="steps", ge=1, le=10_000)
+
+
+@dataclass(frozen=True)
+class Candidates(Local):
+    """Local, and the candidate seeds."""
+
+    RATES: ClassVar[tuple[float, float]] = (0.01, 3e-7)
+
+    seeds: int = opt(1024, "K, seeds of the whole training", ge=1, le=65_536)
+    limit: float = opt(0.0, "leave out a step whose two losses differ by more; 0 keeps all", unit="nats", ge=0)

@@ -1,0 +1,173 @@
+"""FedKSeed and FedKSeed-Pro, arXiv 2312.06353: K seeds for a whole training, and one scalar for each.
+
+w^r = w_0 - eta * sum_j a_j z(seed_j): the accumulators a are all a client downloads, whatever the round, and theta is
+one move from theta_0. Local steps are MeZO's along seeds drawn from the K; a client uploads its g, and the server,
+which knows what was drawn, adds c_i g to a_index. That is the mean of the clients' models, because all moved along the
+same directions.
+
+Pro draws seed j with p = softmax of its mean |g|, clipped at 1000 and scaled to [0, 1] over the seeds.
+
+Where we differ from the published code (and why):
+- Every client rebuilds its model from theta_0 and what it was sent; the code rebuilds once on the server.
+- All K terms are summed in float32 before they touch a weight, so K small additions cost no bits.
+- The mean |g| of a seed is over what was reported, with no initial zero; a seed never used counts as 0.
+- The index of each g is not sent: it is drawn from a stream that both sides know.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from edgellm_plugins.zeroth_order import differences
+from edgellm_plugins.zeroth_order.clients import SpaceMethod, minibatch
+from edgellm_plugins.zeroth_order.options import Candidates
+from edgellm_plugins.zeroth_order.samplers import Dense
+from edgellm_plugins.zeroth_order.trajectory import COUNTS, Probe, sgd
+from edgellm_sdk import random
+from edgellm_sdk.context import Context
+from edgellm_sdk.errors import DataError
+from edgellm_sdk.kit.noise import Move
+from edgellm_sdk.types import Array, Assignment, Dataset, Float32, ModelHandle, State, Update
+
+CLIP = 1000.0
+
+
+def sampler(theta: Mapping[str, Tensor], config: Candidates, ctx: Context, device: str) -> Dense:
+    return Dense("gaussian", {name: tuple(t.shape) for name, t in theta.items()}, device, share=config.share)
+
+
+@lru_cache(maxsize=4)
+def candidate_seeds(master: int, count: int) -> tuple[int, ...]:
+    """The first `count` of one long list, so that runs with fewer seeds use a part of those with more."""
+    return tuple(random.key(master, "candidate", j) for j in range(count))
+
+
+def probabilities(magnitudes: Array, uses: Array) -> Array:
+    """p over the seeds from the sums of clipped |g| and their counts: (K,) float64, between 1 and e times apart."""
+    mean = magnitudes / np.maximum(uses, 1)
+    scaled = np.exp((mean - mean.min()) / (mean.max() - mean.min() + 1e-10))
+    return np.asarray(scaled / scaled.sum())
+
+
+def draw(weights: Array, uniform: Array) -> Array:
+    """Indices into `weights` for numbers in [0, 1): int64."""
+    edges = np.cumsum(weights) / weights.sum()
+    return np.minimum(np.searchsorted(edges, uniform, side="right"), len(weights) - 1)
+
+
+@dataclass(frozen=True)
+class CandidateMethod(SpaceMethod):
+    """`weighted` is Pro."""
+
+    weighted: bool
+
+    def moves(self, arrays: Mapping[str, Array], scalars: Mapping[str, Any], options: Candidates) -> list[Move]:
+        sums: Float32 = arrays["sums"]
+        made = sgd(candidate_seeds(scalars["master"], options.seeds), sums.tolist(), options.learning_rate)
+        return [made] if made.seeds else []
+
+    def initialise(self, model: ModelHandle, options: Candidates, ctx: Context) -> State:
+        noise = self.follower(model, options, ctx).space.sampler.id
+        master = int(ctx.stream("candidates").seeds(1)[0]) >> 1
+        zeros = np.zeros(options.seeds, np.float32)
+        arrays = {"sums": zeros} | ({"magnitudes": zeros, "uses": zeros} if self.weighted else {})
+        scalars = {"forwards": 0, "steps": 0, "dropped": 0, "noise": noise, "master": master}
+        return State(model.digest, 0, arrays, scalars)
+
+    def assign(self, state: State, clients: Sequence[str], options: Candidates) -> dict[str, Assignment]:
+        arrays = self.sent(state)
+        scalars = {name: state.scalars[name] for name in ("noise", "master")} | {"several": len(clients) > 1}
+        return {c: Assignment(state.base, state.round + 1, c, arrays, scalars) for c in clients}
+
+    def finetune(
+        self, model: ModelHandle, data: Dataset, assignment: Assignment, options: Candidates, ctx: Context
+    ) -> Update:
+        """Catch up, then MeZO steps along candidate seeds."""
+        if not len(data):
+            raise DataError("has no examples", assignment.client)
+        follower, noise = self.checked(model, assignment, options, ctx)
+        follower.goto(
+            self.moves(assignment.arrays, assignment.scalars, options), come_back=assignment.scalars["several"]
+        )
+        seeds = candidate_seeds(assignment.scalars["master"], options.seeds)
+        weights = assignment.arrays["p"].astype(np.float64) if self.weighted else np.ones(options.seeds)
+        stream = ctx.stream(f"candidates/{assignment.client}", assignment.round)
+        chosen = draw(weights, stream.uniform(options.steps))
+        estimate, found = differences.central(options.step), []
+        for i, j in enumerate(chosen.tolist()):
+            number = (assignment.round - 1) * options.steps + i
+            name, indices = minibatch(data, assignment.client, number, options.batch_size, ctx)
+            probe = estimate(follower.space, name, partial(data.select, indices), [seeds[j]])
+            if options.limit and abs(float(probe.scalars[0])) * 2 * options.step > options.limit:
+                probe = Probe(np.zeros(1, np.float32), probe.loss, probe.forwards, 1)
+            found.append(probe)
+            follower.step(1, sgd([seeds[j]], probe.scalars.tolist(), options.learning_rate))
+        losses = [probe.loss for probe in found if math.isfinite(probe.loss)]
+        if not losses:
+            raise DataError("no loss was finite", assignment.client, "lower the learning rate or the step")
+        arrays: dict[str, Array] = {"scalar": np.concatenate([p.scalars for p in found]).astype(np.float32)}
+        counts = {"forwards": sum(p.forwards for p in found), "dropped": sum(p.dropped for p in found)}
+        scalars = {**counts, "loss": round(float(np.mean(losses)), 6)}
+        round_, client = assignment.round, assignment.client
+        return Update(assignment.base, round_, client, "seeds", arrays, len(data), noise, scalars)
+
+    def screen(self, updates: Sequence[Update], state: State, options: Candidates) -> dict[str, str]:
+        """Reject what cannot be replayed, or is not what was asked for."""
+        reasons = {}
+        expected = {"scalar": (np.dtype(np.float32), (options.steps,))}
+        for update in updates:
+            found = {name: (a.dtype, a.shape) for name, a in update.arrays.items()}
+            if update.rng != state.scalars["noise"]:
+                reasons[update.client] = f"seeds of noise {update.rng[:40]!r} cannot be replayed"
+            elif found != expected:
+                reasons[update.client] = "does not carry the arrays it was asked for"
+            elif any(type(update.scalars.get(n)) is not int or not 0 <= update.scalars[n] <= 1 << 40 for n in COUNTS):
+                reasons[update.client] = "claims an impossible number of forwards"
+            elif not isinstance(update.scalars.get("loss"), float) or not math.isfinite(update.scalars["loss"]):
+                reasons[update.client] = "claims an impossible loss"
+        return reasons
+
+    def chosen(self, arrays: Mapping[str, Array], client: str, round: int, options: Candidates, ctx: Context) -> Array:
+        """Which seed each local step of a client takes: (steps,) int64, known to both sides and never sent."""
+        weights = arrays["p"].astype(np.float64) if self.weighted else np.ones(options.seeds)
+        return draw(weights, ctx.stream(f"candidates/{client}", round).uniform(options.steps))
+
+    def sent(self, state: State) -> dict[str, Array]:
+        """The accumulators, 4 bytes for each seed; for Pro as many for the probabilities."""
+        arrays = {"sums": state.arrays["sums"]}
+        if self.weighted:
+            p = probabilities(state.arrays["magnitudes"].astype(np.float64), state.arrays["uses"])
+            arrays["p"] = p.astype(np.float32)
+        return arrays
+
+    def aggregate(self, state: State, updates: Sequence[Update], options: Candidates, ctx: Context) -> State:
+        """a_j += c_i g, c_i the client's share of all examples; in float64, clients and steps in order."""
+        total, number = sum(update.examples for update in updates), state.round + 1
+        sums = state.arrays["sums"].astype(np.float64)
+        index = {u.client: self.chosen(self.sent(state), u.client, number, options, ctx) for u in updates}
+        arrays = {}
+        for update in updates:
+            share = update.examples / total
+            np.add.at(sums, index[update.client], share * update.arrays["scalar"].astype(np.float64))
+        if self.weighted:
+            magnitudes, uses = state.arrays["magnitudes"].astype(np.float64), state.arrays["uses"].copy()
+            for update in updates:
+                size = np.minimum(np.abs(update.arrays["scalar"].astype(np.float64)), CLIP)
+                np.add.at(magnitudes, index[update.client], size)
+                np.add.at(uses, index[update.client], np.float32(1))
+            arrays = {"magnitudes": magnitudes.astype(np.float32), "uses": uses}
+        counts = {n: state.scalars[n] + sum(update.scalars[n] for update in updates) for n in COUNTS}
+        loss = float(np.mean([update.scalars["loss"] for update in updates]))
+        ctx.curve("training loss over rounds", number, loss)
+        ctx.curve("training loss over forwards", counts["forwards"], loss)
+        ctx.curve("training loss over seconds", ctx.elapsed, loss)
+        counts["steps"] = state.scalars["steps"] + options.steps
+        arrays["sums"] = sums.astype(np.float32)
+        return State(state.base, number, arrays, {**state.scalars, **counts}, state.cohort + 1)

@@ -1,0 +1,26 @@
+"""FedKSeed-Pro: seeds drawn by the size of their gradients (arXiv 2312.06353, ICML 2024)."""
+
+from __future__ import annotations
+
+from edgellm_plugins.zeroth_order.hooks import seed_hooks
+from edgellm_plugins.zeroth_order.options import Candidates as Config
+from edgellm_sdk.registry import Plugin
+
+PLUGIN = Plugin(
+    name="fedkseed-pro",
+    summary="FedKSeed that prefers the seeds with large gradients",
+    version="0.1.0",
+    config=Config,
+    paper="arXiv 2312.06353",
+)
+
+
+(
+    edgellm_initialise,
+    edgellm_assign,
+    edgellm_finetune,
+    edgellm_screen,
+    edgellm_aggregate,
+    edgellm_personalise,
+    edgellm_measure,
+) = seed_hooks(__name__)
