@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from edgellm_sdk.steps import Outcome, aggregate, compress, deploy, evaluate, export, finetune, run
+    from edgellm_sdk.steps import Outcome, aggregate, compare, compress, deploy, evaluate, export, finetune, run
 
-__all__ = ["Outcome", "aggregate", "compress", "deploy", "evaluate", "export", "finetune", "run"]
+__all__ = ["Outcome", "aggregate", "compare", "compress", "deploy", "evaluate", "export", "finetune", "run"]
 
 
 def __getattr__(name: str) -> Any:

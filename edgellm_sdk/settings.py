@@ -114,4 +114,20 @@ class DataInfo:
     task_prompt: str = opt("", TASK_PROMPT)
 
 
+@dataclass(frozen=True)
+class Compare:
+    plugins: str = opt("", "methods at their defaults, comma-separated; others come from ARMS.toml, [arms.NAME] tables")
+    model: str = opt("", MODEL)
+    data: str = opt("", "tasks, comma-separated: " + DATA)
+    output: str = opt("", "folder to write; finished runs in it are kept")
+    equal: str = opt("forwards", "what every method gets as much of", choices=("time", "forwards", "bytes", "memory"))
+    budget: float = opt(2000.0, "of each run: seconds, forwards, bytes both ways, or MB", ge=1)
+    seconds: float = opt(60.0, "with equal memory: how long each run trains", unit="s", ge=1)
+    seeds: int = opt(5, "runs of each method on each task", ge=1, le=100)
+    clients: int = opt(1, "clients the data is dealt to", ge=1, le=100_000)
+    partition: str = opt("iid", "how the data is dealt: iid, dirichlet:ALPHA, label:K or user")
+    balance: bool = opt(False, BALANCE)
+    task_prompt: str = opt("", TASK_PROMPT)
+
+
 IN_RECIPES = {"finetune": Finetune, "compress": Compress, "export": Export, "eval": Evaluate}

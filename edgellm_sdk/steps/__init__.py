@@ -4,10 +4,11 @@ Every step owns its run folder while it works, leaves `recipe.json` (what was as
 and publishes its result with a manifest written last. A finished step is never overwritten.
 """
 
+from edgellm_sdk.steps.compare import compare
 from edgellm_sdk.steps.delivery import deploy, evaluate, export
 from edgellm_sdk.steps.demo import demo
 from edgellm_sdk.steps.recipe import run
 from edgellm_sdk.steps.step import Outcome
 from edgellm_sdk.steps.training import aggregate, compress, finetune
 
-__all__ = ["Outcome", "aggregate", "compress", "demo", "deploy", "evaluate", "export", "finetune", "run"]
+__all__ = ["Outcome", "aggregate", "compare", "compress", "demo", "deploy", "evaluate", "export", "finetune", "run"]

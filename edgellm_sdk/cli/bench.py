@@ -1,0 +1,32 @@
+"""`bench compare`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+from edgellm_sdk.cli.verb import Answer, Request, Verb
+from edgellm_sdk.settings import Compare
+
+
+def compare(request: Request) -> Answer:
+    from edgellm_sdk.cli import show
+    from edgellm_sdk.steps.compare import compare as run
+    from edgellm_sdk.steps.compare import read_arms
+
+    arms = read_arms(Path(request.words[0])) if request.words else []
+    done = run(**asdict(request.settings), arms=arms, quiet=request.quiet)
+    return Answer(done.report.to_json(), show.outcome(done))
+
+
+VERBS = (
+    Verb(
+        "bench compare",
+        "Train several methods at equal cost and compare them, with intervals over seeds.",
+        compare,
+        Compare,
+        words="[ARMS.toml]",
+        most=1,
+        required=("model", "data", "output"),
+    ),
+)
