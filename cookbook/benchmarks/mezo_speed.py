@@ -62,18 +62,18 @@ def our_step(space: Full, seed: int) -> None:
 
 @torch.no_grad()
 def plain_step(model: Any, ids: torch.Tensor, seed: int) -> None:
-    def sweep(coefficient: float) -> None:
+    def sweep(sign: float, scale: float) -> None:
         generator = torch.Generator().manual_seed(seed)
         for parameter in model.parameters():
             z = torch.normal(0, 1, size=parameter.shape, dtype=parameter.dtype, generator=generator)
-            parameter.data = parameter.data + coefficient * z
+            parameter.data = parameter.data + sign * z * scale
 
-    sweep(EPS)
+    sweep(1, EPS)
     plus = float(model(input_ids=ids, labels=ids, use_cache=False).loss)
-    sweep(-2 * EPS)
+    sweep(-2, EPS)
     minus = float(model(input_ids=ids, labels=ids, use_cache=False).loss)
-    sweep(EPS)
-    sweep(-ETA * (plus - minus) / (2 * EPS))
+    sweep(1, EPS)
+    sweep(-ETA, (plus - minus) / (2 * EPS))
 
 
 def timed(work: Any) -> float:

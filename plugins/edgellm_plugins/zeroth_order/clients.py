@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from edgellm_sdk.kit import adapters
 from edgellm_sdk.kit.noise import Move
 from edgellm_sdk.kit.objective import Objective, objective
 from edgellm_sdk.kit.whole import Whole
-from edgellm_sdk.types import Array, Assignment, Dataset, Metric, ModelHandle, Session, State
+from edgellm_sdk.types import Array, Assignment, Dataset, Metric, ModelHandle, Session, State, Update
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,23 @@ class SpaceMethod(ABC):
     @abstractmethod
     def moves(self, arrays: Mapping[str, Array], scalars: Mapping[str, Any], options: Any) -> list[Move]:
         """From theta_0 to the theta of a state or an assignment."""
+
+    @abstractmethod
+    def initialise(self, model: ModelHandle, options: Any, ctx: Context) -> State: ...
+
+    @abstractmethod
+    def assign(self, state: State, clients: Sequence[str], options: Any) -> Mapping[str, Assignment]: ...
+
+    @abstractmethod
+    def finetune(
+        self, model: ModelHandle, data: Dataset, assignment: Assignment, options: Any, ctx: Context
+    ) -> Update: ...
+
+    @abstractmethod
+    def screen(self, updates: Sequence[Update], state: State, options: Any) -> Mapping[str, str]: ...
+
+    @abstractmethod
+    def aggregate(self, state: State, updates: Sequence[Update], options: Any, ctx: Context) -> State: ...
 
     def follower(self, model: ModelHandle, options: Any, ctx: Context) -> Follower:
         return ctx.keep(f"follower {model.digest}", lambda: Follower(self.space(model, options, ctx)))

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 from edgellm_sdk.hookspecs import hookimpl
 
 if TYPE_CHECKING:
-    from edgellm_plugins.zeroth_order.candidates import CandidateMethod
-    from edgellm_plugins.zeroth_order.trajectory import SeedMethod
+    from edgellm_plugins.zeroth_order.clients import SpaceMethod
     from edgellm_sdk.context import Context
     from edgellm_sdk.types import Assignment, Dataset, Metric, ModelHandle, Session, State, Update
 
@@ -21,8 +20,8 @@ Hooks = tuple[Callable[..., Any], ...]
 def seed_hooks(package: str) -> Hooks:
     """(initialise, assign, finetune, screen, aggregate, personalise, measure) of `package`.method.METHOD."""
 
-    def method() -> SeedMethod | CandidateMethod:
-        found: SeedMethod | CandidateMethod = import_module(f"{package}.method").METHOD
+    def method() -> SpaceMethod:
+        found: SpaceMethod = import_module(f"{package}.method").METHOD
         return found
 
     @hookimpl

@@ -1,0 +1,137 @@
+"""DeComFL, arXiv 2405.15861.
+
+All clients of a round take the same K local steps along the same P fresh directions each, by forward differences, and
+upload K * P scalars; their local steps are then forgotten. The server averages each scalar over the clients, and
+everyone's model is theta_0 moved by the averages of all rounds. A client downloads the averages it has missed, so its
+download grows with its absence and not with the model: 4 P bytes for each step.
+
+Where we differ from the published code: scalars are averaged by examples, not equally; a client keeps what it
+downloaded in `clients/` of its run folder.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from edgellm_plugins.zeroth_order import differences
+from edgellm_plugins.zeroth_order.clients import SpaceMethod, minibatch
+from edgellm_plugins.zeroth_order.decomfl import PLUGIN, Config
+from edgellm_plugins.zeroth_order.samplers import Dense
+from edgellm_plugins.zeroth_order.trajectory import COUNTS, sgd
+from edgellm_sdk import random, store
+from edgellm_sdk.context import Context
+from edgellm_sdk.errors import DataError, ModelError
+from edgellm_sdk.kit.noise import Move
+from edgellm_sdk.types import Array, Assignment, Dataset, ModelHandle, State, Update
+
+
+def sampler(theta: Mapping[str, Tensor], config: Config, ctx: Context, device: str) -> Dense:
+    return Dense("gaussian", {name: tuple(t.shape) for name, t in theta.items()}, device, share=config.share)
+
+
+def shared_seeds(master: int, step: int, probes: int) -> list[int]:
+    """The P directions of the step-th step of the whole training (from 0), the same for everyone."""
+    return [random.key(master, "shared", step * probes + k) for k in range(probes)]
+
+
+class DeComFL(SpaceMethod):
+    def moves(self, arrays: Mapping[str, Array], scalars: Mapping[str, Any], options: Config) -> list[Move]:
+        """`scalar` (steps, P): the averages of all steps so far."""
+        return [
+            sgd(shared_seeds(scalars["master"], step, options.probes), row.tolist(), options.learning_rate)
+            for step, row in enumerate(arrays["scalar"])
+        ]
+
+    def initialise(self, model: ModelHandle, options: Config, ctx: Context) -> State:
+        noise = self.follower(model, options, ctx).space.sampler.id
+        master = int(ctx.stream("shared").seeds(1)[0]) >> 1
+        scalars = {"forwards": 0, "steps": 0, "dropped": 0, "noise": noise, "master": master, "seen": {}}
+        return State(model.digest, 0, {"scalar": np.zeros((0, options.probes), np.float32)}, scalars)
+
+    def assign(self, state: State, clients: Sequence[str], options: Config) -> dict[str, Assignment]:
+        """The averages that each client has not seen."""
+        given = {}
+        for client in clients:
+            begin = int(state.scalars["seen"].get(client, 0))
+            scalars = {name: state.scalars[name] for name in ("noise", "master")} | {"from": begin}
+            arrays = {"scalar": state.arrays["scalar"][begin:]}
+            given[client] = Assignment(state.base, state.round + 1, client, arrays, scalars)
+        return given
+
+    def finetune(
+        self, model: ModelHandle, data: Dataset, assignment: Assignment, options: Config, ctx: Context
+    ) -> Update:
+        """Catch up, take K steps along the shared directions, report the scalars."""
+        if not len(data):
+            raise DataError("has no examples", assignment.client)
+        follower, noise = self.checked(model, assignment, options, ctx)
+        history = self.history(assignment, ctx)
+        follower.goto(self.moves({"scalar": history}, assignment.scalars, options), come_back=True)
+        estimate, found = differences.one_sided(options.step), []
+        for i in range(options.steps):
+            step = len(history) + i
+            number = (assignment.round - 1) * options.steps + i
+            name, indices = minibatch(data, assignment.client, number, options.batch_size, ctx)
+            seeds = shared_seeds(assignment.scalars["master"], step, options.probes)
+            probe = estimate(follower.space, name, partial(data.select, indices), seeds)
+            found.append(probe)
+            follower.step(step, sgd(seeds, probe.scalars.tolist(), options.learning_rate))
+        losses = [probe.loss for probe in found if math.isfinite(probe.loss)]
+        if not losses:
+            raise DataError("no loss was finite", assignment.client, "lower the learning rate or the step")
+        arrays: dict[str, Array] = {"scalar": np.stack([probe.scalars for probe in found]).astype(np.float32)}
+        counts = {"forwards": sum(p.forwards for p in found), "dropped": sum(p.dropped for p in found)}
+        scalars = {**counts, "loss": round(float(np.mean(losses)), 6)}
+        return Update(assignment.base, assignment.round, assignment.client, "seeds", arrays, len(data), noise, scalars)
+
+    def history(self, assignment: Assignment, ctx: Context) -> Array:
+        """All averages up to this round, (steps, P), from what the client kept and what it was sent; kept again."""
+        path = ctx.folder / "clients" / f"{assignment.client}.safetensors"
+        begin, sent = int(assignment.scalars["from"]), assignment.arrays["scalar"]
+        kept = store.try_load_arrays(path) if begin else None
+        held = kept[0]["scalar"] if kept is not None else sent[:0]
+        if len(held) < begin:
+            raise ModelError(f"{assignment.client} has lost the scalars before step {begin}", str(Path("clients")))
+        whole = np.concatenate([held[:begin], sent])
+        store.save_arrays(path, {"scalar": whole}, {})
+        return whole
+
+    def screen(self, updates: Sequence[Update], state: State, options: Config) -> dict[str, str]:
+        """Reject what cannot be replayed, or is not what was asked for."""
+        reasons = {}
+        expected = {"scalar": (np.dtype(np.float32), (options.steps, options.probes))}
+        for update in updates:
+            found = {name: (a.dtype, a.shape) for name, a in update.arrays.items()}
+            if update.rng != state.scalars["noise"]:
+                reasons[update.client] = f"seeds of noise {update.rng[:40]!r} cannot be replayed"
+            elif found != expected:
+                reasons[update.client] = "does not carry the arrays it was asked for"
+            elif any(type(update.scalars.get(n)) is not int or not 0 <= update.scalars[n] <= 1 << 40 for n in COUNTS):
+                reasons[update.client] = "claims an impossible number of forwards"
+            elif not isinstance(update.scalars.get("loss"), float) or not math.isfinite(update.scalars["loss"]):
+                reasons[update.client] = "claims an impossible loss"
+        return reasons
+
+    def aggregate(self, state: State, updates: Sequence[Update], options: Config, ctx: Context) -> State:
+        """Each scalar's mean over the clients, by examples, in float64."""
+        total, number = sum(update.examples for update in updates), state.round + 1
+        mean = sum(update.examples / total * update.arrays["scalar"].astype(np.float64) for update in updates)
+        whole = np.concatenate([state.arrays["scalar"], np.asarray(mean, np.float32)])
+        counts = {n: state.scalars[n] + sum(update.scalars[n] for update in updates) for n in COUNTS}
+        counts["steps"] = state.scalars["steps"] + options.steps
+        loss = float(np.mean([update.scalars["loss"] for update in updates]))
+        ctx.curve("training loss over rounds", number, loss)
+        ctx.curve("training loss over forwards", counts["forwards"], loss)
+        ctx.curve("training loss over seconds", ctx.elapsed, loss)
+        seen = state.scalars["seen"] | {update.client: len(state.arrays["scalar"]) for update in updates}
+        return State(state.base, number, {"scalar": whole}, {**state.scalars, **counts, "seen": seen}, state.cohort + 1)
+
+
+METHOD = DeComFL(PLUGIN.name, sampler)
