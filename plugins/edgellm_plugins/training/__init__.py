@@ -1,0 +1,1 @@
+"""Training with back-propagation in the memory of inference."""

@@ -1,0 +1,90 @@
+"""LoRA by back-propagation that fits a device (LoRA: arXiv 2106.09685)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edgellm_sdk.config import opt
+from edgellm_sdk.hookspecs import hookimpl
+from edgellm_sdk.registry import Plugin
+
+if TYPE_CHECKING:
+    from edgellm_sdk.context import Context
+    from edgellm_sdk.types import Assignment, Dataset, Metric, ModelHandle, Session, State, Update
+
+
+@dataclass(frozen=True)
+class Config:
+    layers: int = opt(0, "train the last K layers; 0 trains all", unit="layers", ge=0)
+    rank: int = opt(8, "r, the rank of B A", ge=1, le=512)
+    alpha: float = opt(16.0, "the update is scaled by alpha / rank", ge=0)
+    targets: str = opt(
+        "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj", "module names that get a LoRA, comma-separated"
+    )
+    learning_rate: float = opt(5e-4, "eta, the peak step", ge=0)
+    warmup: float = opt(0.05, "share of all steps with a linear warm-up, linear decay after it", ge=0, le=1)
+    optimizer: str = opt(
+        "adamw", "a client's step rule; its state starts anew in every round", choices=("adamw", "sgd")
+    )
+    weight_decay: float = opt(0.0, "decoupled weight decay", ge=0)
+    clip: float = opt(1.0, "largest norm of a gradient over all tensors; 0 is any", ge=0)
+    steps: int = opt(4, "steps of each client in a round", ge=1, le=1_000_000)
+    batch_size: int = opt(8, "examples in a minibatch", unit="examples", ge=1)
+    max_length: int = opt(128, "longest example", unit="tokens", ge=8)
+    chunk: int = opt(64, "scored positions that go through the vocabulary at once", unit="tokens", ge=1)
+    hidden_memory: int = opt(512, "budget for kept hidden states of frozen layers; 0 keeps none", unit="MB", ge=0)
+    precision: str = opt("auto", "of the frozen base", choices=("auto", "float32", "bfloat16", "float16"))
+
+
+PLUGIN = Plugin(
+    name="lora",
+    summary="LoRA by back-propagation, one layer's activations at a time",
+    version="0.1.0",
+    config=Config,
+    paper="arXiv 2106.09685",
+)
+
+
+@hookimpl
+def edgellm_initialise(model: ModelHandle, config: Config, ctx: Context) -> State:
+    from edgellm_plugins.training.lora.method import initialise
+
+    return initialise(model, config, ctx)
+
+
+@hookimpl
+def edgellm_finetune(model: ModelHandle, data: Dataset, assignment: Assignment, config: Config, ctx: Context) -> Update:
+    from edgellm_plugins.training.lora.method import finetune
+
+    return finetune(model, data, assignment, config, ctx)
+
+
+@hookimpl
+def edgellm_screen(updates: Sequence[Update], state: State, ctx: Context) -> Mapping[str, str]:
+    from edgellm_plugins.training.lora.method import screen
+
+    return screen(updates, state, ctx)
+
+
+@hookimpl
+def edgellm_aggregate(state: State, updates: Sequence[Update], ctx: Context) -> State:
+    from edgellm_plugins.training.backprop import aggregate
+
+    return aggregate(state, updates, ctx)
+
+
+@hookimpl
+def edgellm_personalise(model: ModelHandle, state: State, folder: Path, config: Config, ctx: Context) -> ModelHandle:
+    from edgellm_plugins.training.lora.method import personalise
+
+    return personalise(model, state, folder, config, ctx)
+
+
+@hookimpl
+def edgellm_measure(subject: Session | State, data: Dataset, ctx: Context) -> Mapping[str, Metric] | None:
+    from edgellm_plugins.training.backprop import measure
+
+    return measure(subject, data, ctx)
