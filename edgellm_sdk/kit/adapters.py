@@ -202,6 +202,13 @@ def _train_gain(parent: nn.Module, path: str, prefix: str, out: Trainables) -> N
     _replace(parent, path, gain)
 
 
+def lora_start(rank: int, d_in: int, d_out: int, stream: Stream) -> tuple[Float32, Float32]:
+    """A (r, d_in) kaiming-uniform with a = sqrt(5), as peft starts, and B (d_out, r) zero: both float32."""
+    bound = 1 / math.sqrt(d_in)
+    draw = stream.uniform(rank * d_in) * 2 * bound - bound
+    return draw.astype(np.float32).reshape(rank, d_in), np.zeros((d_out, rank), np.float32)
+
+
 def _install_layer(layer: nn.Module, prefix: str, out: Trainables, stream: Stream) -> None:
     spec = out.spec
     linears = [(path, m) for path, m in layer.named_modules() if isinstance(m, nn.Linear)]
@@ -209,10 +216,7 @@ def _install_layer(layer: nn.Module, prefix: str, out: Trainables, stream: Strea
         for path, linear in linears:
             if path.endswith(spec.targets):
                 module = _LoRALinear(linear, spec.scale)
-                bound = 1 / math.sqrt(linear.in_features)  # kaiming-uniform with a = sqrt(5), as peft starts
-                draw = stream.uniform(spec.rank * linear.in_features) * 2 * bound - bound
-                a = draw.astype(np.float32).reshape(spec.rank, linear.in_features)
-                b = np.zeros((linear.out_features, spec.rank), np.float32)
+                a, b = lora_start(spec.rank, linear.in_features, linear.out_features, stream)
                 out.add(f"{prefix}{path}.lora_A", module, "lora_A", a, train=spec.kind == "lora")
                 out.add(f"{prefix}{path}.lora_B", module, "lora_B", b)
                 _replace(layer, path, module)
@@ -244,22 +248,24 @@ def _install_layer(layer: nn.Module, prefix: str, out: Trainables, stream: Strea
 
 def write(folder: Path, trainables: Trainables, values: Arrays, base: Mapping[str, str]) -> None:
     """Save trained values as an adapter folder on `base` ({path, digest, name}), whole or not at all."""
-    spec = trainables.spec
+    write_arrays(folder, trainables.spec, {**trainables.frozen, **values}, base)
+
+
+def write_arrays(folder: Path, spec: Spec, arrays: Arrays, base: Mapping[str, str]) -> None:
+    """As `write`, from all tensors of the adapter, frozen ones too, under the names that `install` gives them."""
     folder.mkdir(parents=True, exist_ok=True)
-    arrays: dict[str, Array] = {**{n: trainables.frozen[n] for n in trainables.frozen}, **values}
     if spec.kind in ("lora", "lora-fa"):
+        store.write_json(folder / "adapter_config.json", _peft_config(spec, arrays, base["path"]))
         arrays = {f"base_model.model.{name}.weight": array for name, array in arrays.items()}
-        store.write_json(folder / "adapter_config.json", _peft_config(trainables, base["path"]))
     store.save_arrays(folder / WEIGHTS, arrays, {})
     store.write_json(folder / MARK, {**asdict(spec), "targets": list(spec.targets)})
     store.write_json(folder / "base.json", dict(base))
 
 
-def _peft_config(trainables: Trainables, base: str) -> dict[str, Any]:
+def _peft_config(spec: Spec, arrays: Arrays, base: str) -> dict[str, Any]:
     from peft import LoraConfig, TaskType
 
-    spec = trainables.spec
-    modules = sorted({name.rpartition(".lora_")[0] for name in (*trainables.initial, *trainables.frozen)})
+    modules = sorted({name.rpartition(".lora_")[0] for name in arrays})
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         base_model_name_or_path=base,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from edgellm_sdk.context import Context
 from edgellm_sdk.kit.adapters import Spec
@@ -51,8 +51,8 @@ def objective(
 ) -> Objective:
     """The objective on `ctx.device`, made once per process. `hidden_memory` MB may keep frozen hidden states.
 
-    torch serves `cpu` and `cuda`; any other device is a plugin that implements `edgellm_objective`. PluginError when
-    it does not.
+    torch serves `cpu` and `cuda`; any other device is a plugin that implements `edgellm_objective`, with its options
+    from `ctx.configs`, else their defaults. PluginError when it does not.
     """
     return ctx.keep(
         f"objective {model.digest}", lambda: _open(model, spec, ctx, precision, hidden_memory, max_length, share)
@@ -71,5 +71,7 @@ def _open(
     from edgellm_sdk.relay import Relay
 
     loaded = registry.get(ctx.device)
-    relay = Relay([loaded], {loaded.plugin.name: config.build(loaded.plugin.config, {}, loaded.plugin.name)})
+    name = loaded.plugin.name
+    chosen: Any = ctx.configs[name] if name in ctx.configs else config.build(loaded.plugin.config, {}, name)
+    relay = Relay([loaded], {name: chosen})
     return relay.objective(model, spec, max_length, ctx)

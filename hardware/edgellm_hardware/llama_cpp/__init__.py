@@ -1,4 +1,7 @@
-"""llama.cpp on the CPU, in a child process: a malformed file, an abort or a hang becomes one line, never our death."""
+"""llama.cpp on the CPU, in a child process: a malformed file, an abort or a hang becomes one line, never our death.
+
+It runs GGUF files, and trains a LoRA beside one with methods that need losses alone.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,8 @@ from edgellm_sdk.types import DeviceInfo
 
 if TYPE_CHECKING:
     from edgellm_sdk.context import Context
+    from edgellm_sdk.kit.adapters import Spec
+    from edgellm_sdk.kit.objective import Objective
     from edgellm_sdk.types import Artifact, ModelHandle, Session
 
 INSTALL = "pip install 'edgellm-sdk[llama]'"
@@ -26,6 +31,9 @@ class Config:
     cache: str = opt("f16", "number format of the key/value cache", choices=("f16", "f32"))
     memory: int = opt(0, "largest address space of the child; 0 derives it from the file", unit="MiB", ge=0)
     patience: float = opt(300.0, "longest silence before the child counts as hung", unit="s", ge=0.1)
+    contexts: int = opt(
+        1, "in training: perturbations evaluated at the same time, sharing weights and threads", ge=1, le=64
+    )
     adapters: str = opt("", "LoRA adapter GGUF files, comma-separated, each PATH or PATH@SCALE")
 
 
@@ -60,3 +68,11 @@ def edgellm_deploy(subject: ModelHandle | Artifact, device: str, config: Config,
     from edgellm_hardware.llama_cpp.method import deploy
 
     return deploy(subject, config, ctx)
+
+
+@hookimpl
+def edgellm_objective(model: ModelHandle, spec: Spec, max_length: int, config: Config, ctx: Context) -> Objective:
+    """The loss of a GGUF file as a function of a LoRA. ConfigError for other kinds of trainable tensors."""
+    from edgellm_hardware.llama_cpp.training import Perturbed
+
+    return Perturbed(model, spec, max_length, config, ctx)

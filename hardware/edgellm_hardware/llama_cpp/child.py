@@ -45,9 +45,17 @@ def environment() -> dict[str, str]:
 
 
 class Child:
-    """One worker. `where` names what it works on in errors; `patience` is the longest silence in seconds."""
+    """One worker. `where` names what it works on in errors; `patience` is the longest silence in seconds; `variables`
+    are added to its environment."""
 
-    def __init__(self, module: str, where: str, patience: float, deadline: float | None) -> None:
+    def __init__(
+        self,
+        module: str,
+        where: str,
+        patience: float,
+        deadline: float | None,
+        variables: Mapping[str, str] | None = None,
+    ) -> None:
         self._where, self._patience, self._deadline = where, patience, deadline
         self._loading, self._closed = True, False
         self._noise: deque[str] = deque(maxlen=20)
@@ -56,7 +64,7 @@ class Child:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", module],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                env=environment(), cwd="/", bufsize=0,
+                env={**environment(), **(variables or {})}, cwd="/", bufsize=0,
             )  # fmt: skip
         except OSError as error:
             raise DeviceError(f"cannot start the worker: {error.strerror}", where) from None

@@ -27,26 +27,39 @@ class Refused(Exception):
         super().__init__(text)
 
 
-class Engine:
-    """One model, one context. `send` writes a frame and its payload to the parent."""
+def set_adapters(lib: Any, context: Any, adapters: Sequence[tuple[Any, float]]) -> int:
+    """Replace the adapters of `context` by these (handle, scale) pairs; 0 when it worked.
 
-    def __init__(self, request: Mapping[str, Any], send: Callable[..., None]) -> None:
+    Bindings before 0.3.17 add one adapter at a time; in later ones that name replaces the set, so it is not used there.
+    """
+    if not hasattr(lib, "llama_set_adapters_lora"):
+        lib.llama_clear_adapter_lora(context)
+        return sum(int(lib.llama_set_adapter_lora(context, handle, scale) != 0) for handle, scale in adapters)
+    if not adapters:
+        return int(lib.llama_set_adapters_lora(context, None, 0, None))
+    handles = (lib.llama_adapter_lora_p_ctypes * len(adapters))(*(handle for handle, _ in adapters))
+    scales = (ctypes.c_float * len(adapters))(*(scale for _, scale in adapters))
+    return int(lib.llama_set_adapters_lora(context, handles, len(adapters), scales))
+
+
+class Model:
+    """Weights and vocabulary of one file, and its adapters; no context yet."""
+
+    def __init__(self, request: Mapping[str, Any]) -> None:
         from llama_cpp import llama_cpp as lib
 
-        self._lib, self._send = lib, send
-        begin = time.perf_counter()
+        self._lib = lib
         self._log = lib.llama_log_callback(self._write_log)
         lib.llama_log_set(self._log, ctypes.c_void_p(0))
         lib.llama_backend_init()
+        begin = time.perf_counter()
         self._model = self._load(request)
         self._vocab = lib.llama_model_get_vocab(self._model)
         self.vocabulary = int(lib.llama_vocab_n_tokens(self._vocab))
-        self._context = self._make_context(request)
-        self._adapters = self._attach(request["adapters"])
-        self._memory = lib.llama_get_memory(self._context)
-        self._batch = lib.llama_batch_init(self.batch, 0, 1)
+        self.trained_context = int(lib.llama_model_n_ctx_train(self._model))
+        self.context = min(request["context"], self.trained_context or request["context"])
         self.eos = [i for i in range(self.vocabulary) if lib.llama_vocab_is_eog(self._vocab, i)]
-        self._eog = frozenset(self.eos)
+        self._adapters = [(self._adapter(path), float(scale)) for path, scale in request["adapters"]]
         self.load_seconds = time.perf_counter() - begin
         self.prompt_tokens = self.generated_tokens = 0
         self.prompt_seconds = self.generate_seconds = 0.0
@@ -71,37 +84,16 @@ class Engine:
             raise Refused("model", "llama.cpp cannot load it")
         return model
 
-    def _make_context(self, request: Mapping[str, Any]) -> Any:
-        lib = self._lib
-        trained = int(lib.llama_model_n_ctx_train(self._model))
-        self.context = min(request["context"], trained) if trained > 0 else request["context"]
-        self.batch = min(request["batch"], self.context)
-        self.slots = min(MAX_SEQUENCES, self.batch)
-        params = lib.llama_context_default_params()
-        params.n_ctx = self.context
-        params.n_batch = params.n_ubatch = self.batch
-        params.n_seq_max = self.slots
-        params.kv_unified = True  # sequences of unlike lengths share the cells
-        params.n_threads = params.n_threads_batch = request["threads"]
-        params.type_k = params.type_v = _CACHE_TYPES[request["cache"]]
-        context = lib.llama_init_from_model(self._model, params)
-        if not context:
-            raise Refused("device", f"llama.cpp cannot make a context of {self.context} tokens")
-        return context
+    def _adapter(self, path: str) -> Any:
+        adapter = self._lib.llama_adapter_lora_init(self._model, os.fsencode(path))
+        if not adapter:
+            raise Refused("model", f"llama.cpp cannot load the adapter {path}")
+        return adapter
 
-    def _attach(self, adapters: Sequence[Sequence[Any]]) -> list[Any]:
-        lib, loaded = self._lib, []
-        for path, _ in adapters:
-            adapter = lib.llama_adapter_lora_init(self._model, os.fsencode(path))
-            if not adapter:
-                raise Refused("model", f"llama.cpp cannot load the adapter {path}")
-            loaded.append(adapter)
-        if loaded:
-            handles = (lib.llama_adapter_lora_p_ctypes * len(loaded))(*loaded)
-            scales = (ctypes.c_float * len(loaded))(*(scale for _, scale in adapters))
-            if lib.llama_set_adapters_lora(self._context, handles, len(loaded), scales) != 0:
-                raise Refused("model", "llama.cpp cannot apply the adapters")
-        return loaded
+    def _apply(self, context: Any, adapters: Sequence[tuple[Any, float]]) -> None:
+        """Make `adapters`, (handle, scale) pairs, the whole set of `context`; none detaches all."""
+        if set_adapters(self._lib, context, adapters) != 0:
+            raise Refused("model", "llama.cpp cannot apply the adapters")
 
     def encode(self, text: str) -> list[int]:
         raw = text.encode("utf-8", "replace")
@@ -130,6 +122,47 @@ class Engine:
         if self._lib.llama_vocab_get_add_bos(self._vocab) and ids[:1] != [bos]:
             ids.insert(0, bos)
         return ids
+
+    def stats(self) -> dict[str, float]:
+        return {
+            "load_seconds": self.load_seconds,
+            "prompt_tokens": self.prompt_tokens,
+            "prompt_seconds": self.prompt_seconds,
+            "generated_tokens": self.generated_tokens,
+            "generate_seconds": self.generate_seconds,
+            "peak_rss": peak_rss(),
+        }
+
+
+class Engine(Model):
+    """One model, one context. `send` writes a frame and its payload to the parent."""
+
+    def __init__(self, request: Mapping[str, Any], send: Callable[..., None]) -> None:
+        super().__init__(request)
+        begin = time.perf_counter()
+        self._send = send
+        self._context = self._make_context(request)
+        self._apply(self._context, self._adapters)
+        self._memory = self._lib.llama_get_memory(self._context)
+        self._batch = self._lib.llama_batch_init(self.batch, 0, 1)
+        self._eog = frozenset(self.eos)
+        self.load_seconds += time.perf_counter() - begin
+
+    def _make_context(self, request: Mapping[str, Any]) -> Any:
+        lib = self._lib
+        self.batch = min(request["batch"], self.context)
+        self.slots = min(MAX_SEQUENCES, self.batch)
+        params = lib.llama_context_default_params()
+        params.n_ctx = self.context
+        params.n_batch = params.n_ubatch = self.batch
+        params.n_seq_max = self.slots
+        params.kv_unified = True  # sequences of unlike lengths share the cells
+        params.n_threads = params.n_threads_batch = request["threads"]
+        params.type_k = params.type_v = _CACHE_TYPES[request["cache"]]
+        context = lib.llama_init_from_model(self._model, params)
+        if not context:
+            raise Refused("device", f"llama.cpp cannot make a context of {self.context} tokens")
+        return context
 
     def _run(self, entries: Sequence[tuple[int, int, int, bool]]) -> list[int]:
         """Decode (token, position, sequence, wanted) entries, at most `batch`; the batch places that have logits."""
@@ -228,14 +261,4 @@ class Engine:
             "text": self.decode(out) if text is None else text,
             "stop": why,
             "seconds": end - begin,
-        }
-
-    def stats(self) -> dict[str, float]:
-        return {
-            "load_seconds": self.load_seconds,
-            "prompt_tokens": self.prompt_tokens,
-            "prompt_seconds": self.prompt_seconds,
-            "generated_tokens": self.generated_tokens,
-            "generate_seconds": self.generate_seconds,
-            "peak_rss": peak_rss(),
         }

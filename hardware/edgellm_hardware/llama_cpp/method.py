@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,20 +18,47 @@ if TYPE_CHECKING:
     from edgellm_sdk.context import Context
     from edgellm_sdk.types import Float32
 
+ADAPTER = "adapter.gguf"
 _WORKER = "edgellm_hardware.llama_cpp.worker"
+_TRAINING = {
+    # contexts side by side, or a busy machine: threads that spin at a barrier hold up the one they wait for
+    "OMP_WAIT_POLICY": "passive",
+    # adapters come and go: each in memory of its own, given back whole, leaves no holes
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 20),
+}
 _MARGIN = 2 << 30  # address space of Python, numpy, thread stacks and allocator arenas; little of it resident
 _BUDGET_MARGIN = 1 << 30
 
 
 def deploy(subject: ModelHandle | Artifact, config: Config, ctx: Context) -> LlamaSession:
-    """A live session on `subject`, which must be a GGUF file."""
+    """A live session on `subject`: a GGUF file, or adapters that `training` left beside one."""
+    check_installed()
+    if isinstance(subject, ModelHandle) and subject.format != "gguf":
+        path, tuned = trained_here(subject)
+        return LlamaSession(path, dataclasses.replace(config, adapters=",".join([*tuned, config.adapters])), ctx)
+    return LlamaSession(subject.path, config, ctx)
+
+
+def check_installed() -> None:
     from importlib.util import find_spec
 
     if find_spec("llama_cpp") is None:
         raise DeviceError("llama-cpp-python is not installed", "", INSTALL)
-    if isinstance(subject, ModelHandle) and subject.format != "gguf":
-        raise ModelError("llama_cpp runs GGUF files", str(subject.path), "edgellm export --plugin gguf makes one")
-    return LlamaSession(subject.path, config, ctx)
+
+
+def trained_here(model: ModelHandle) -> tuple[Path, list[str]]:
+    """The GGUF file under a tuned model, and the adapters on it as `PATH@1`. ModelError when it rests on no such file.
+
+    That the base is the one trained on was checked when the handle was made.
+    """
+    from edgellm_sdk.store import read_json
+
+    note = read_json(model.adapters[0] / "base.json") if model.adapters else {}
+    base = Path(str(note.get("path", "")))
+    files = [folder / ADAPTER for folder in model.adapters]
+    if base.suffix != ".gguf" or not base.is_file() or not all(file.is_file() for file in files):
+        raise ModelError("llama_cpp runs GGUF files", str(model.path), "edgellm export --plugin gguf makes one")
+    return base, [f"{file}@1" for file in files]
 
 
 def adapter_list(text: str) -> list[tuple[Path, float]]:
@@ -56,15 +84,16 @@ def physical_cores() -> int:
     return max(1, min(allowed, psutil.cpu_count(logical=False) or allowed))
 
 
-def address_space(file_bytes: int, vocabulary: int, config: Config, budget: int | None) -> int:
-    """Bytes of RLIMIT_AS: three times the files (map, copy, repacked copy), logits of a batch, cache and a margin.
+def address_space(file_bytes: int, vocabulary: int, config: Config, budget: int | None, contexts: int = 1) -> int:
+    """Bytes of RLIMIT_AS: three times the files (map, copy, repacked copy), `contexts` times the logits of a batch and
+    the cache, and a margin.
 
     A `budget` of resident bytes lowers it to budget + 1 GiB for what is mapped but never touched.
     """
     if config.memory:
         return config.memory << 20
     logits = 8 * config.batch * vocabulary * 4
-    limit = 3 * file_bytes + logits + config.context * (1 << 19) + _MARGIN
+    limit = 3 * file_bytes + contexts * (logits + config.context * (1 << 19)) + _MARGIN
     return limit if budget is None else min(limit, budget + _BUDGET_MARGIN)
 
 
@@ -84,7 +113,9 @@ class LlamaSession:
 
     device = "llama_cpp"
 
-    def __init__(self, path: Path, config: Config, ctx: Context) -> None:
+    def __init__(self, path: Path, config: Config, ctx: Context, contexts: int = 0, top_only: bool = False) -> None:
+        """`contexts` above 0: the child answers for losses under mixes of adapters instead of logits and text;
+        `top_only`: they will adapt the last layer's FFN alone."""
         from edgellm_sdk.gguf_file import read
 
         path = path.absolute()
@@ -92,12 +123,12 @@ class LlamaSession:
         files = [read(path), *(read(adapter) for adapter, _ in adapters)]
         if files[0].metadata.get("general.type") == "adapter":
             raise ModelError("is a LoRA adapter", str(path), "run its base model with --adapters")
-        self._path = path
+        self._path, self.file = path, files[0]
         self._renderer: Renderer | None = None
-        self._template, self._special = chat_parts(files[0].metadata)
+        self.chat_template, self.special_tokens = chat_parts(files[0].metadata)
         words = len(files[0].metadata.get("tokenizer.ggml.tokens", ())) or 1 << 18
         size = sum(file.stat().st_size for file in (path, *(adapter for adapter, _ in adapters)))
-        self._child = Child(_WORKER, str(path), config.patience, ctx.deadline)
+        self._child = Child(_WORKER, str(path), config.patience, ctx.deadline, _TRAINING if contexts else {})
         request: dict[str, Any] = {
             "path": str(path),
             "context": config.context,
@@ -106,7 +137,9 @@ class LlamaSession:
             "mmap": config.mmap,
             "cache": config.cache,
             "adapters": [[str(adapter), scale] for adapter, scale in adapters],
-            "limit": address_space(size, words, config, ctx.memory),
+            "contexts": contexts,
+            "top_only": top_only,
+            "limit": address_space(size, words, config, ctx.memory, max(1, contexts)),
         }
         try:
             opened = self._child.call(request)
@@ -128,13 +161,21 @@ class LlamaSession:
         """Messages go through the file's own template, which runs in a sandbox of its own, not in the worker."""
         if isinstance(prompt, str):
             text = prompt
-        elif self._template is None:
+        elif self.chat_template is None:
             raise ModelError("has no chat template", str(self._path), "give a plain text prompt")
         else:
             if self._renderer is None:
-                self._renderer = Renderer(self._template, self._special)
+                self._renderer = Renderer(self.chat_template, self.special_tokens)
             text = self._renderer.render(prompt)
+        return self.plain_ids(text)
+
+    def plain_ids(self, text: str) -> list[int]:
+        """Token ids of `text`, with BOS in front where the file asks for it."""
         return self._ids(self._child.call({"do": "prompt", "text": text}))
+
+    def ask(self, request: Mapping[str, Any]) -> Any:
+        """What the child answers to a request of another kind."""
+        return self._child.call(request)
 
     def logits(self, sequences: Sequence[Sequence[int]], first: Sequence[int] | None = None) -> list[Float32]:
         """As in `Session`. DataError for a sequence that is empty or longer than the context."""

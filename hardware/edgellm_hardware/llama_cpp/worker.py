@@ -16,25 +16,37 @@ import threading
 from collections.abc import Mapping
 from typing import Any, BinaryIO
 
-from edgellm_hardware.llama_cpp.engine import Engine, Refused
+from edgellm_hardware.llama_cpp.engine import Engine, Model, Refused
 from edgellm_hardware.llama_cpp.frames import PREFIX, frame, lengths, parse
+from edgellm_hardware.llama_cpp.losses import Losses
 
 
-def answer(engine: Engine, request: Mapping[str, Any]) -> dict[str, Any]:
+def answer(model: Model, request: Mapping[str, Any]) -> dict[str, Any]:
     """The final frame of one request."""
     what = request["do"]
     if what == "encode":
-        return {"tokens": engine.encode(request["text"])}
+        return {"tokens": model.encode(request["text"])}
     if what == "decode":
-        return {"text": engine.decode(request["tokens"])}
+        return {"text": model.decode(request["tokens"])}
     if what == "prompt":
-        return {"tokens": engine.prompt_ids(request["text"])}
-    if what == "logits":
-        engine.logits(request["sequences"], request["first"])
-        return {}
-    if what == "generate":
-        return engine.generate(request)
-    return engine.stats()
+        return {"tokens": model.prompt_ids(request["text"])}
+    if what == "stats":
+        return model.stats()
+    if isinstance(model, Engine):
+        if what == "logits":
+            model.logits(request["sequences"], request["first"])
+            return {}
+        if what == "generate":
+            return model.generate(request)
+    elif isinstance(model, Losses):
+        if what == "hold":
+            model.hold(request["name"], request["path"])
+            return {}
+        if what == "losses":
+            return {"losses": model.losses(request["sequences"], request["starts"], request["mixes"])}
+        if what == "score":
+            return model.score(request["sequences"], request["starts"], request["mix"], request["labels"])
+    raise Refused("device", f"this worker does not do {what!r}")
 
 
 def read_exactly(source: BinaryIO, count: int) -> bytes:
@@ -78,11 +90,11 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; we end when it lets go
     request = requests.get()
     confine(int(request["limit"]))
-    engine: Engine | None = None
+    engine: Model | None = None
     while True:
         try:
             if engine is None:
-                engine = Engine(request, send)
+                engine = Losses(request, send) if request["contexts"] else Engine(request, send)
                 send({"done": {"vocabulary": engine.vocabulary, "eos": engine.eos, "context": engine.context}})
             else:
                 send({"done": answer(engine, request)})
