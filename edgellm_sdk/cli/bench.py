@@ -11,8 +11,8 @@ from edgellm_sdk.settings import Compare
 
 def compare(request: Request) -> Answer:
     from edgellm_sdk.cli import show
-    from edgellm_sdk.steps.compare import compare as run
-    from edgellm_sdk.steps.compare import read_arms
+    from edgellm_sdk.steps.comparison import compare as run
+    from edgellm_sdk.steps.comparison import read_arms
 
     arms = read_arms(Path(request.words[0])) if request.words else []
     done = run(**asdict(request.settings), arms=arms, quiet=request.quiet)

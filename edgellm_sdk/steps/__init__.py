@@ -4,7 +4,7 @@ Every step owns its run folder while it works, leaves `recipe.json` (what was as
 and publishes its result with a manifest written last. A finished step is never overwritten.
 """
 
-from edgellm_sdk.steps.compare import compare
+from edgellm_sdk.steps.comparison import compare
 from edgellm_sdk.steps.delivery import deploy, evaluate, export
 from edgellm_sdk.steps.demo import demo
 from edgellm_sdk.steps.recipe import run

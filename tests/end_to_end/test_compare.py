@@ -11,7 +11,7 @@ import pytest
 import edgellm_sdk as edgellm
 from edgellm_sdk.errors import ConfigError, PluginError
 from edgellm_sdk.report import Report
-from edgellm_sdk.steps.compare import Arm, interval, read_arms
+from edgellm_sdk.steps.comparison import Arm, interval, read_arms
 
 ROWS = [("win a prize now", "spam"), ("mum is home", "ham"), ("call this number", "spam"), ("see you at six", "ham")]
 
