@@ -165,9 +165,13 @@ def main() -> None:
         run_case(asked.case, asked.batch, asked.layers, asked.steps)
         return
     cases: dict[str, dict[str, float]] = {}
+    commands: dict[str, str] = {}
+    only = f" --only {asked.only}" if asked.only else ""
     if asked.only and asked.output.exists():
-        cases = dict(store.read_json(asked.output)["cases"])
+        before = store.read_json(asked.output)
+        cases, commands = dict(before["cases"]), dict(before["commands"])
     for batch in [asked.only] if asked.only else BATCHES:
+        commands[batch] = f"python cookbook/benchmarks/lora_memory.py{only} --steps {asked.steps}"
         base = cases[f"{batch}, inference"] = fresh("inference", batch, MODEL_LAYERS, asked.steps)
         for layers in (4, MODEL_LAYERS):
             for method in METHODS:
@@ -177,7 +181,7 @@ def main() -> None:
                 cases[f"{batch}, {method}, {'all' if layers == MODEL_LAYERS else 'last 4'} layers"] = found
     worst = max(c["peak_rss_over_inference"] for name, c in cases.items() if ", lora, " in name)
     result = {
-        "command": f"python cookbook/benchmarks/lora_memory.py --steps {asked.steps}",
+        "commands": commands,
         "environment": environment(),
         "cases": cases,
         "lora_over_inference_at_most": worst,

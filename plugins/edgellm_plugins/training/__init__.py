@@ -1,1 +1,1 @@
-"""Training with back-propagation in the memory of inference."""
+"""Training with back-propagation one layer at a time."""

@@ -178,8 +178,7 @@ def exact_slope(frozen: Frozen, chunk: int) -> Slope:
 class StepRule:
     """AdamW (betas 0.9 and 0.999, decay first, as torch.optim.AdamW) or SGD with the same decoupled decay.
 
-    Works in place on leaves, with two float32 moments a scalar for AdamW and none for SGD. Written out because
-    torch.optim loads torch's compiler, which takes more memory than the moments.
+    Works in place on leaves, with two float32 moments a scalar for AdamW and none for SGD.
     """
 
     def __init__(self, leaves: Leaves, kind: str, decay: float = 0.0, eps: float = 1e-8) -> None:

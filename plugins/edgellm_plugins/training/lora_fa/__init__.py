@@ -52,7 +52,7 @@ class Config:
 
 PLUGIN = Plugin(
     name="lora-fa",
-    summary="LoRA with a frozen random A: half the upload, averages exactly",
+    summary="LoRA with a frozen random A: B alone is trained and sent, and averages exactly",
     version="0.1.0",
     config=Config,
     paper="arXiv 2308.03303",
