@@ -8,6 +8,7 @@ Ends in `runs/cookbook-01/filter.gguf`, which any llama.cpp runs, and a page to 
 from __future__ import annotations
 
 import edgellm_sdk as edgellm
+from edgellm_sdk.data import read
 
 FOLDER = "runs/cookbook-01"
 
@@ -30,7 +31,9 @@ edgellm.compress("gptq", model=f"{FOLDER}/tuned", output=f"{FOLDER}/small", quie
 exported = edgellm.export("gguf", model=f"{FOLDER}/small", output=f"{FOLDER}/filter.gguf", quiet=False)
 print(f"gate: {'passed' if exported.report.verified['passed'] else 'failed'}")
 
+held_out = read("sms-spam", "test")
 with edgellm.deploy(f"{FOLDER}/filter.gguf") as session:
-    message = "Message: You have WON a guaranteed 1000 pound prize! Call now.\n\nIs this spam? Yes or No?"
-    tokens = session.prompt_ids(({"role": "user", "content": message},))
-    print(message, "->", session.generate(tokens, max_tokens=4).text)
+    for label in held_out.labels:
+        for example in [row for row in held_out.examples if row.label == label][:3]:
+            answer = session.generate(session.prompt_ids(example.prompt), max_tokens=4).text
+            print(f"{example.prompt[0]['content'].splitlines()[0][:90]} -> {answer} (right: {example.completion})")
