@@ -24,12 +24,10 @@ from edgellm_sdk.random import Stream
 FOLDER = Path("runs/cookbook-02")
 STEPS, BATCH, TOKENS = 60, 4, 80
 
-# The export compares the written program with the model itself; the gate would ask for text, which it does not make.
 edgellm.export(
     "executorch",
     model="smollm2-135m",
     output=FOLDER / "train.pte",
-    gate=False,
     options={"noise": "host", "queries": 4, "batch": BATCH, "tokens": TOKENS, "labels": 2 * BATCH, "layers": 2},
     quiet=False,
 )

@@ -209,7 +209,7 @@ class Noise:
         flat, kept = weight.view(-1), float(np.float32(1 - move.decay))
         where, signs = self._places(move.seeds, name)
         first = signs * np.array(move.first, np.float32)[:, None]
-        rounding = rounding_places(move, name, where.shape[1])
+        rounding = _scrambled(where[-1])
         for b in range(where.shape[1]):
             part = flat[b * BLOCK : (b + 1) * BLOCK]
             places_of_b = where[:, b].tolist()
@@ -257,7 +257,12 @@ class Noise:
         part.copy_(new)
 
 
-def rounding_places(move: Move, name: str, blocks: int) -> list[int]:
-    """Where in the rounding bank the bits for each block of a move lie."""
-    found: list[int] = places([move.seeds[-1]], f"rounding {name}", blocks * BLOCK)[0][0].tolist()
+def _scrambled(places: Array) -> list[int]:
+    """Other places in a bank, one for each: where a block's rounding bits lie, given where its noise does."""
+    found: list[int] = ((places * 0x9E3779B1 + 0x7F4A7C15) & (BANK - 1)).tolist()
     return found
+
+
+def rounding_places(move: Move, name: str, blocks: int) -> list[int]:
+    """Where in the rounding bank the bits for each part of a move lie, for directions that are no blocks of a bank."""
+    return _scrambled(places([move.seeds[-1]], name, blocks * BLOCK)[0][0])

@@ -235,7 +235,7 @@ class LowRank:
             left = new if held is None else held.mul_(self.momentum).add_(new)
             self._left_momentum[name] = left
         height = max(1, noise.BLOCK // weight.shape[1])
-        rounding = noise.rounding_places(move, name, -(-len(weight) // height))
+        rounding = noise.rounding_places(move, f"{name}/U", -(-len(weight) // height))
         for k, begin in enumerate(range(0, len(weight), height)):
             total = self._product(left[begin : begin + height], self.basis(name))
             self._dense.noise.add(weight[begin : begin + height], total, float(np.float32(1 - move.decay)), rounding[k])
