@@ -70,6 +70,11 @@ class Context:
         """One point of a curve for the report's page. Names read `y over x`, e.g. `loss over forwards`."""
         self.curves.setdefault(name, []).append((x, y))
 
+    def trained(self, round: int, forwards: int, loss: float) -> None:
+        """The training loss of a round, over rounds, over all forwards so far and over seconds."""
+        for x, place in (("rounds", round), ("forwards", forwards), ("seconds", self.elapsed)):
+            self.curve(f"training loss over {x}", place, loss)
+
     def note(self, text: str) -> None:
         """A line for the report and, when not quiet, for the terminal."""
         self.notes.append(text)

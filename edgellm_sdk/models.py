@@ -175,6 +175,17 @@ def _alias_file(cache: Path) -> Path:
     return path
 
 
+def as_file(handle: ModelHandle, spec: str) -> ModelHandle:
+    """`handle`, resolved from `spec`, as the GGUF file that `spec` names, for an engine that runs such files.
+
+    The digest stays that of the conversion, so that an adapter fits both. Unchanged when `spec` names no file.
+    """
+    path = _alias_file(cache_folder()) if spec == ALIAS else Path(spec).expanduser()
+    if handle.adapters or not path.is_file():
+        return handle
+    return dataclasses.replace(handle, path=path.absolute(), format="gguf")
+
+
 def _gguf(source: Path, cache: Path, progress: Progress) -> ModelHandle:
     """The converted model of a GGUF file; converted now if it is not in the cache."""
     from edgellm_sdk.gguf_to_hf import VERSION

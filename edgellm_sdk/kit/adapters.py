@@ -56,6 +56,11 @@ class Spec:
         return self.alpha / self.rank
 
 
+def module_names(text: str) -> tuple[str, ...]:
+    """Module name endings written with commas, as options hold them."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
 class _Probed(nn.Module):
     """A frozen module with trainable slots; `slots[name]` is (P, *shape) float32."""
 

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from edgellm_sdk.context import Context
 from edgellm_sdk.kit.adapters import Spec
+from edgellm_sdk.models import resolve
 from edgellm_sdk.types import Array, Arrays, Dataset, Float32, Metric, ModelHandle
 
 
@@ -57,6 +58,18 @@ def objective(
     return ctx.keep(
         f"objective {model.digest}", lambda: _open(model, spec, ctx, precision, hidden_memory, max_length, share)
     )
+
+
+def measured(theta: Arrays, data: Dataset, ctx: Context) -> dict[str, Metric] | None:
+    """The live objective's metrics at theta; None before there is one."""
+    live: Objective | None = next((kept for _, kept in ctx.kept("objective ")), None)
+    return None if live is None else live.measure(theta, data)
+
+
+def written(live: Objective, folder: Path, theta: Arrays, model: ModelHandle) -> ModelHandle:
+    """theta in `folder` as an adapter on `model`, which it was trained on."""
+    live.write(folder, theta, {"path": str(model.path), "digest": model.digest, "name": model.name})
+    return resolve(str(folder))
 
 
 def _open(

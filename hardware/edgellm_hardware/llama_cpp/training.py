@@ -202,11 +202,7 @@ class Perturbed:
             answer = self._session.ask({"do": "score", **_question(batch), "mix": [("theta", 1.0)], "labels": firsts})
             losses += answer["nll"]
             chosen += answer["chosen"]
-        metrics = {"validation loss": scoring.mean(np.array(losses, np.float64), "nats/token")}
-        if firsts:
-            truth, predicted = [str(example.label) for example in data.examples], [data.labels[i] for i in chosen]
-            metrics["balanced accuracy"] = scoring.balanced_accuracy(truth, predicted, data.labels)
-        return metrics
+        return scoring.metrics(np.array(losses, np.float64), [data.labels[i] for i in chosen], data)
 
     def write(self, folder: Path, theta: Arrays, base: Mapping[str, str]) -> None:
         """As in `Objective`, and `adapter.gguf` beside it, which runs on the base file as it is."""

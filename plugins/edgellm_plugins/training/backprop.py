@@ -20,7 +20,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -28,11 +28,12 @@ from torch import Tensor, nn
 
 from edgellm_plugins.aggregation import fedavg
 from edgellm_plugins.aggregation.fedavg import method as averaging
+from edgellm_plugins.training.options import Options
 from edgellm_sdk.context import Context
 from edgellm_sdk.errors import ConfigError, DataError, FederationError
 from edgellm_sdk.kit import adapters
 from edgellm_sdk.kit.frozen import Frozen, Kept
-from edgellm_sdk.kit.objective import Objective, objective
+from edgellm_sdk.kit.objective import Objective, measured, objective, written
 from edgellm_sdk.types import Array, Arrays, Assignment, Dataset, Metric, ModelHandle, State, Update
 
 FORWARDS = 3  # one forward and one backward, in forwards
@@ -40,30 +41,6 @@ Leaves: TypeAlias = dict[str, Tensor]
 """theta as autograd leaves, each (1, *shape) float32: what `Trainables.set` takes for one probe."""
 Slope: TypeAlias = Callable[[int, str, Callable[[], Dataset], Leaves], float]
 """(step number, name of a batch, its examples, leaves) -> loss there; sets every leaf's `.grad`."""
-
-
-class Settings(Protocol):
-    """The options that both kinds of client share; a method's Config has them as fields."""
-
-    @property
-    def learning_rate(self) -> float: ...
-    @property
-    def warmup(self) -> float: ...
-    @property
-    def optimizer(self) -> str: ...
-    @property
-    def weight_decay(self) -> float: ...
-    @property
-    def clip(self) -> float: ...
-    @property
-    def steps(self) -> int: ...
-    @property
-    def batch_size(self) -> int: ...
-
-
-def named_targets(text: str) -> tuple[str, ...]:
-    """Comma-separated module names."""
-    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def frozen_base(
@@ -216,7 +193,7 @@ def clip(leaves: Leaves, limit: float) -> float:
     return norm
 
 
-def learning_rate(step: int, total: int, settings: Settings) -> float:
+def learning_rate(step: int, total: int, settings: Options) -> float:
     """eta of step 0 .. total-1: linear warm-up over ceil(warmup * total) steps, then linear decay towards 0."""
     warm = math.ceil(total * settings.warmup)
     if step < warm:
@@ -240,7 +217,7 @@ def minibatch(count: int, client: str, step: int, size: int, ctx: Context) -> tu
 
 
 def work(
-    slope: Slope, cost: int, data: Dataset, assignment: Assignment, settings: Settings, ctx: Context, eps: float = 1e-8
+    slope: Slope, cost: int, data: Dataset, assignment: Assignment, settings: Options, ctx: Context, eps: float = 1e-8
 ) -> Update:
     """`settings.steps` steps down `slope`, each costing `cost` forwards, from the theta of `assignment`.
 
@@ -300,20 +277,15 @@ def aggregate(state: State, updates: Sequence[Update], ctx: Context) -> State:
     scalars = dict(state.scalars)
     scalars["steps"] += max(update.scalars["steps"] for update in updates)
     scalars["forwards"] += sum(update.scalars["forwards"] for update in updates)
-    for x, value in (("rounds", new.round), ("forwards", scalars["forwards"]), ("seconds", ctx.elapsed)):
-        ctx.curve(f"training loss over {x}", value, loss)
+    ctx.trained(new.round, scalars["forwards"], loss)
     return replace(new, scalars=scalars)
 
 
 def measure(subject: Any, data: Dataset, ctx: Context) -> Mapping[str, Metric] | None:
     """Loss and, for labelled data, balanced accuracy of theta in the middle of a run."""
-    live: Objective | None = next((kept for _, kept in ctx.kept("objective ")), None)
-    return live.measure(subject.arrays, data) if isinstance(subject, State) and live is not None else None
+    return measured(subject.arrays, data, ctx) if isinstance(subject, State) else None
 
 
 def personalise(model: ModelHandle, state: State, folder: Path, found: Objective) -> ModelHandle:
     """theta as a PEFT adapter folder on its base."""
-    from edgellm_sdk.models import resolve
-
-    found.write(folder, state.arrays, {"path": str(model.path), "digest": model.digest, "name": model.name})
-    return resolve(str(folder))
+    return written(found, folder, state.arrays, model)

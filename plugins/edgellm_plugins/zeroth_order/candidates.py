@@ -16,7 +16,6 @@ Where we differ from the published code (and why):
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -26,10 +25,10 @@ import numpy as np
 from torch import Tensor
 
 from edgellm_plugins.zeroth_order import differences
-from edgellm_plugins.zeroth_order.clients import SpaceMethod, minibatch
+from edgellm_plugins.zeroth_order.clients import Probe, SpaceMethod, advanced, minibatch, update_of
 from edgellm_plugins.zeroth_order.options import Candidates
 from edgellm_plugins.zeroth_order.samplers import Dense
-from edgellm_plugins.zeroth_order.trajectory import COUNTS, Probe, sgd
+from edgellm_plugins.zeroth_order.trajectory import sgd
 from edgellm_sdk import random
 from edgellm_sdk.context import Context
 from edgellm_sdk.errors import DataError
@@ -109,30 +108,10 @@ class CandidateMethod(SpaceMethod):
                 probe = Probe(np.zeros(1, np.float32), probe.loss, probe.forwards, 1)
             found.append(probe)
             follower.step(1, sgd([seeds[j]], probe.scalars.tolist(), options.learning_rate))
-        losses = [probe.loss for probe in found if math.isfinite(probe.loss)]
-        if not losses:
-            raise DataError("no loss was finite", assignment.client, "lower the learning rate or the step")
-        arrays: dict[str, Array] = {"scalar": np.concatenate([p.scalars for p in found]).astype(np.float32)}
-        counts = {"forwards": sum(p.forwards for p in found), "dropped": sum(p.dropped for p in found)}
-        scalars = {**counts, "loss": round(float(np.mean(losses)), 6)}
-        round_, client = assignment.round, assignment.client
-        return Update(assignment.base, round_, client, "seeds", arrays, len(data), noise, scalars)
+        return update_of(assignment, found, len(data), noise, {})
 
-    def screen(self, updates: Sequence[Update], state: State, options: Candidates) -> dict[str, str]:
-        """Reject what cannot be replayed, or is not what was asked for."""
-        reasons = {}
-        expected = {"scalar": (np.dtype(np.float32), (options.steps,))}
-        for update in updates:
-            found = {name: (a.dtype, a.shape) for name, a in update.arrays.items()}
-            if update.rng != state.scalars["noise"]:
-                reasons[update.client] = f"seeds of noise {update.rng[:40]!r} cannot be replayed"
-            elif found != expected:
-                reasons[update.client] = "does not carry the arrays it was asked for"
-            elif any(type(update.scalars.get(n)) is not int or not 0 <= update.scalars[n] <= 1 << 40 for n in COUNTS):
-                reasons[update.client] = "claims an impossible number of forwards"
-            elif not isinstance(update.scalars.get("loss"), float) or not math.isfinite(update.scalars["loss"]):
-                reasons[update.client] = "claims an impossible loss"
-        return reasons
+    def expected(self, options: Candidates) -> dict[str, tuple[int, ...]]:
+        return {"scalar": (options.steps, 1)}
 
     def chosen(self, arrays: Mapping[str, Array], client: str, round: int, options: Candidates, ctx: Context) -> Array:
         """Which seed each local step of a client takes: (steps,) int64, known to both sides and never sent."""
@@ -155,19 +134,13 @@ class CandidateMethod(SpaceMethod):
         arrays = {}
         for update in updates:
             share = update.examples / total
-            np.add.at(sums, index[update.client], share * update.arrays["scalar"].astype(np.float64))
+            np.add.at(sums, index[update.client], share * update.arrays["scalar"][:, 0].astype(np.float64))
         if self.weighted:
             magnitudes, uses = state.arrays["magnitudes"].astype(np.float64), state.arrays["uses"].copy()
             for update in updates:
-                size = np.minimum(np.abs(update.arrays["scalar"].astype(np.float64)), CLIP)
+                size = np.minimum(np.abs(update.arrays["scalar"][:, 0].astype(np.float64)), CLIP)
                 np.add.at(magnitudes, index[update.client], size)
                 np.add.at(uses, index[update.client], np.float32(1))
             arrays = {"magnitudes": magnitudes.astype(np.float32), "uses": uses}
-        counts = {n: state.scalars[n] + sum(update.scalars[n] for update in updates) for n in COUNTS}
-        loss = float(np.mean([update.scalars["loss"] for update in updates]))
-        ctx.curve("training loss over rounds", number, loss)
-        ctx.curve("training loss over forwards", counts["forwards"], loss)
-        ctx.curve("training loss over seconds", ctx.elapsed, loss)
-        counts["steps"] = state.scalars["steps"] + options.steps
         arrays["sums"] = sums.astype(np.float32)
-        return State(state.base, number, arrays, {**state.scalars, **counts}, state.cohort + 1)
+        return State(state.base, number, arrays, advanced(state, updates, options.steps, ctx), state.cohort + 1)

@@ -17,12 +17,25 @@ from edgellm_plugins.zeroth_order.options import Small as SmallOptions
 from edgellm_plugins.zeroth_order.samplers import Sampler
 from edgellm_plugins.zeroth_order.space import Follower, Full, Small, Space
 from edgellm_sdk.context import Context
-from edgellm_sdk.errors import ModelError
+from edgellm_sdk.errors import DataError, ModelError
 from edgellm_sdk.kit import adapters
 from edgellm_sdk.kit.noise import Move
 from edgellm_sdk.kit.objective import Objective, objective
 from edgellm_sdk.kit.whole import Whole
 from edgellm_sdk.types import Array, Assignment, Dataset, Metric, ModelHandle, Session, State, Update
+
+COUNTS = ("forwards", "dropped")
+
+
+@dataclass(frozen=True)
+class Probe:
+    """An estimate: `scalars` (n,) float32, so that g = sum_k scalars_k z_k; the mean `loss` seen; `forwards` paid;
+    `dropped` probes whose losses were not finite, whose scalars are 0."""
+
+    scalars: Array
+    loss: float
+    forwards: int
+    dropped: int = 0
 
 
 @dataclass(frozen=True)
@@ -48,10 +61,28 @@ class SpaceMethod(ABC):
     ) -> Update: ...
 
     @abstractmethod
-    def screen(self, updates: Sequence[Update], state: State, options: Any) -> Mapping[str, str]: ...
+    def expected(self, options: Any) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every array of an update; all are float32."""
 
     @abstractmethod
     def aggregate(self, state: State, updates: Sequence[Update], options: Any, ctx: Context) -> State: ...
+
+    def screen(self, updates: Sequence[Update], state: State, options: Any) -> dict[str, str]:
+        """Reject what cannot be replayed, or is not what was asked for."""
+        reasons = {}
+        expected = {name: (np.dtype(np.float32), shape) for name, shape in self.expected(options).items()}
+        for update in updates:
+            found = {name: (array.dtype, array.shape) for name, array in update.arrays.items()}
+            counts, loss = [update.scalars.get(name) for name in COUNTS], update.scalars.get("loss")
+            if update.rng != state.scalars["noise"]:
+                reasons[update.client] = f"seeds of noise {update.rng[:40]!r} cannot be replayed"
+            elif found != expected:
+                reasons[update.client] = "does not carry the arrays it was asked for"
+            elif any(type(count) is not int or not 0 <= count <= 1 << 40 for count in counts):
+                reasons[update.client] = "claims an impossible number of forwards"
+            elif not isinstance(loss, float) or not math.isfinite(loss):
+                reasons[update.client] = "claims an impossible loss"
+        return reasons
 
     def follower(self, model: ModelHandle, options: Any, ctx: Context) -> Follower:
         return ctx.keep(f"follower {model.digest}", lambda: Follower(self.space(model, options, ctx)))
@@ -91,6 +122,30 @@ class SpaceMethod(ABC):
         return follower.space.write(folder, model)
 
 
+def update_of(
+    assignment: Assignment, probes: Sequence[Probe], examples: int, noise: str, scalars: Mapping[str, Any]
+) -> Update:
+    """What a client sends: the scalars (steps, n) float32 of its steps, what they cost, and the mean loss seen.
+
+    DataError when no loss was finite.
+    """
+    losses = [probe.loss for probe in probes if math.isfinite(probe.loss)]
+    if not losses:
+        raise DataError("no loss was finite", assignment.client, "lower the learning rate or the step")
+    arrays: dict[str, Array] = {"scalar": np.stack([probe.scalars for probe in probes]).astype(np.float32)}
+    counts = {"forwards": sum(p.forwards for p in probes), "dropped": sum(p.dropped for p in probes)}
+    told = {**counts, "loss": round(float(np.mean(losses)), 6), **scalars}
+    return Update(assignment.base, assignment.round, assignment.client, "seeds", arrays, examples, noise, told)
+
+
+def advanced(state: State, updates: Sequence[Update], steps: int, ctx: Context) -> dict[str, Any]:
+    """The state's scalars after a round of `steps` local steps, and the curves of its training loss."""
+    counts = {name: state.scalars[name] + sum(update.scalars[name] for update in updates) for name in COUNTS}
+    loss = float(np.mean([update.scalars["loss"] for update in updates]))
+    ctx.trained(state.round + 1, counts["forwards"], loss)
+    return {**state.scalars, **counts, "steps": state.scalars["steps"] + steps}
+
+
 def minibatch(data: Dataset, client: str, number: int, size: int, ctx: Context) -> tuple[str, list[int]]:
     """(name, example indices) of the client's `number`-th minibatch, cyclic over one fixed shuffle."""
     order = ctx.stream(f"order/{client}").permutation(len(data)).tolist()
@@ -99,6 +154,6 @@ def minibatch(data: Dataset, client: str, number: int, size: int, ctx: Context) 
 
 
 def small_objective(model: ModelHandle, train: str, options: SmallOptions, ctx: Context) -> Objective:
-    targets = tuple(name.strip() for name in options.targets.split(",") if name.strip())
+    targets = adapters.module_names(options.targets)
     spec = adapters.Spec(train, options.layers, options.rank, options.alpha, targets)
     return objective(model, spec, ctx, options.precision, options.hidden_memory, options.max_length)

@@ -11,8 +11,9 @@ from functools import partial
 
 import numpy as np
 
+from edgellm_plugins.zeroth_order.clients import Probe
 from edgellm_plugins.zeroth_order.space import Space
-from edgellm_plugins.zeroth_order.trajectory import Estimate, Probe
+from edgellm_plugins.zeroth_order.trajectory import Estimate
 from edgellm_sdk.types import Array, Dataset
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from edgellm_plugins.zeroth_order.samplers import LowRank, Sampler
 from edgellm_sdk.kit import prompts
 from edgellm_sdk.kit.noise import Move
-from edgellm_sdk.kit.objective import Objective
+from edgellm_sdk.kit.objective import Objective, written
 from edgellm_sdk.kit.whole import Whole
 from edgellm_sdk.models import resolve
 from edgellm_sdk.types import Array, Dataset, Float32, Metric, ModelHandle
@@ -98,8 +98,7 @@ class Small:
         return self.objective.measure(self.theta, data)
 
     def write(self, folder: Path, model: ModelHandle) -> ModelHandle:
-        self.objective.write(folder, self.theta, {"path": str(model.path), "digest": model.digest, "name": model.name})
-        return resolve(str(folder))
+        return written(self.objective, folder, self.theta, model)
 
     def digest(self) -> str:
         return _digest({name: torch.from_numpy(value) for name, value in self.theta.items()})

@@ -11,7 +11,6 @@ end[t-1] .. end[t] - 1, taken at learning rate eta[t].
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,27 +18,13 @@ from typing import Any
 
 import numpy as np
 
-from edgellm_plugins.zeroth_order.clients import SpaceMethod, minibatch
+from edgellm_plugins.zeroth_order.clients import Probe, SpaceMethod, advanced, minibatch, update_of
 from edgellm_plugins.zeroth_order.options import Options
 from edgellm_plugins.zeroth_order.space import Space
 from edgellm_sdk.context import Context
 from edgellm_sdk.errors import ConfigError, DataError
 from edgellm_sdk.kit.noise import Move
 from edgellm_sdk.types import Array, Assignment, Dataset, ModelHandle, State, Update
-
-COUNTS = ("forwards", "dropped")
-
-
-@dataclass(frozen=True)
-class Probe:
-    """An estimate: `scalars` (n,) float32, so that g = sum_k scalars_k z_k; the mean `loss` seen; `forwards` paid;
-    `dropped` probes whose losses were not finite, whose scalars are 0."""
-
-    scalars: Array
-    loss: float
-    forwards: int
-    dropped: int = 0
-
 
 Estimate = Callable[[Space, str, Callable[[], Dataset], Sequence[int]], Probe]
 
@@ -174,31 +159,18 @@ class SeedMethod(SpaceMethod):
                 follower.step(t, move(log, t, options))
             else:
                 follower.step(t, sgd(seeds, probe.scalars.tolist(), eta))
-        losses = [probe.loss for probe in found if math.isfinite(probe.loss)]
-        if not losses:
-            raise DataError("no loss was finite", assignment.client, "lower the learning rate or the step")
-        arrays = {
-            "scalar": np.stack([probe.scalars for probe in found]).astype(np.float32),
-            "loss": np.array([np.mean(losses)], np.float32),
-        }
-        counts = {"forwards": sum(p.forwards for p in found), "dropped": sum(p.dropped for p in found), "alone": alone}
-        round, client = assignment.round, assignment.client
-        return Update(assignment.base, round, client, "seeds", arrays, len(data), noise, counts)
+        return update_of(assignment, found, len(data), noise, {"alone": alone})
+
+    def expected(self, options: Options) -> dict[str, tuple[int, ...]]:
+        return {"scalar": (options.steps, options.probes)}
 
     def screen(self, updates: Sequence[Update], state: State, options: Options) -> dict[str, str]:
-        """Reject what cannot be replayed, or is not what was asked for."""
-        reasons = {}
-        expected = {"scalar": (options.steps, options.probes), "loss": (1,)}
+        """As for all; and nobody among several may have worked as if alone."""
+        reasons = super().screen(updates, state, options)
         for update in updates:
-            found = {name: array.shape for name, array in update.arrays.items()}
-            if update.rng != state.scalars["noise"]:
-                reasons[update.client] = f"seeds of noise {update.rng[:40]!r} cannot be replayed"
-            elif found != expected or any(a.dtype != np.float32 for a in update.arrays.values()):
-                reasons[update.client] = "does not carry the arrays it was asked for"
-            elif any(type(update.scalars.get(n)) is not int or not 0 <= update.scalars[n] <= 1 << 40 for n in COUNTS):
-                reasons[update.client] = "claims an impossible number of forwards"
-            elif type(update.scalars.get("alone")) is not bool or (update.scalars["alone"] and len(updates) > 1):
-                reasons[update.client] = "worked as if it were alone"
+            alone = update.scalars.get("alone")
+            if type(alone) is not bool or (alone and len(updates) > 1):
+                reasons.setdefault(update.client, "worked as if it were alone")
         return reasons
 
     def aggregate(self, state: State, updates: Sequence[Update], options: Options, ctx: Context) -> State:
@@ -218,14 +190,8 @@ class SeedMethod(SpaceMethod):
                     scalars += (row * np.float32(update.examples / weight)).tolist()
         if not alone:
             log.append(seeds, scalars, rate_at(number, 0, options, ctx))
-        counts = {n: state.scalars[n] + sum(update.scalars[n] for update in updates) for n in COUNTS}
-        loss = float(np.mean([update.arrays["loss"][0] for update in updates]))
-        ctx.curve("training loss over rounds", number, loss)
-        ctx.curve("training loss over forwards", counts["forwards"], loss)
-        ctx.curve("training loss over seconds", ctx.elapsed, loss)
-        counts["steps"] = state.scalars["steps"] + options.steps
-        cohort = state.cohort + 1
-        return State(state.base, number, log.arrays(), {**state.scalars, **counts}, cohort)
+        scalars_now = advanced(state, updates, options.steps, ctx)
+        return State(state.base, number, log.arrays(), scalars_now, state.cohort + 1)
 
 
 def rate_at(round: int, step: int, options: Options, ctx: Context) -> float:

@@ -23,7 +23,7 @@ from edgellm_sdk.types import Assignment, Dataset, ModelHandle, State, Update
 
 
 def _frozen(model: ModelHandle, config: Config, ctx: Context) -> Frozen:
-    targets = backprop.named_targets(config.targets)
+    targets = adapters.module_names(config.targets)
     spec = adapters.Spec("lora", config.layers, config.rank, config.alpha, targets)
     return backprop.frozen_base(model, spec, ctx, config.precision, config.hidden_memory, config.max_length)
 

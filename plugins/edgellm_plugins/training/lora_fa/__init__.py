@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edgellm_plugins.training.options import Options
 from edgellm_sdk.config import opt
 from edgellm_sdk.hookspecs import hookimpl
 from edgellm_sdk.registry import Plugin
@@ -17,13 +18,9 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Config:
-    layers: int = opt(0, "train the last K layers; 0 trains all", unit="layers", ge=0)
+class Config(Options):
     rank: int = opt(16, "r, the rank of B A; trains as many scalars as LoRA of half the rank", ge=1, le=512)
     alpha: float = opt(32.0, "the update is scaled by s = alpha / rank", ge=1e-3)
-    targets: str = opt(
-        "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj", "module names that get a LoRA, comma-separated"
-    )
     init: str = opt(
         "kaiming_uniform",
         "the frozen A: peft's start, or variance 1 / rank",
@@ -36,18 +33,6 @@ class Config:
     probes: int = opt(4, "with zeroth: directions a step, two forwards each", ge=1, le=256)
     step: float = opt(0.05, "with zeroth: h, the finite-difference step", ge=1e-6, le=1)
     learning_rate: float = opt(2e-3, "eta, the peak step", ge=0)
-    warmup: float = opt(0.05, "share of all steps with a linear warm-up, linear decay after it", ge=0, le=1)
-    optimizer: str = opt(
-        "adamw", "a client's step rule; its state starts anew in every round", choices=("adamw", "sgd")
-    )
-    weight_decay: float = opt(0.0, "decoupled weight decay", ge=0)
-    clip: float = opt(1.0, "largest norm of a gradient over all tensors; 0 is any", ge=0)
-    steps: int = opt(4, "steps of each client in a round", ge=1, le=1_000_000)
-    batch_size: int = opt(8, "examples in a minibatch", unit="examples", ge=1)
-    max_length: int = opt(128, "longest example", unit="tokens", ge=8)
-    chunk: int = opt(64, "scored positions that go through the vocabulary at once", unit="tokens", ge=1)
-    hidden_memory: int = opt(512, "budget for kept hidden states of frozen layers; 0 keeps none", unit="MB", ge=0)
-    precision: str = opt("auto", "of the frozen base", choices=("auto", "float32", "bfloat16", "float16"))
 
 
 PLUGIN = Plugin(

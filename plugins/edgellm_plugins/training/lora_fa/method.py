@@ -48,7 +48,7 @@ Correct: TypeAlias = Callable[[Leaves], None]
 
 def _objective(model: ModelHandle, config: Config, ctx: Context) -> Objective:
     """The loss as a function of B, with A frozen as `config.init` says."""
-    targets = backprop.named_targets(config.targets)
+    targets = adapters.module_names(config.targets)
     spec = adapters.Spec("lora-fa", config.layers, config.rank, config.alpha, targets)
     if config.gradient == "zeroth":
         found = objective(model, spec, ctx, config.precision, config.hidden_memory, config.max_length)

@@ -11,7 +11,6 @@ downloaded in `clients/` of its run folder.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -21,10 +20,10 @@ import numpy as np
 from torch import Tensor
 
 from edgellm_plugins.zeroth_order import differences
-from edgellm_plugins.zeroth_order.clients import SpaceMethod, minibatch
+from edgellm_plugins.zeroth_order.clients import SpaceMethod, advanced, minibatch, update_of
 from edgellm_plugins.zeroth_order.decomfl import PLUGIN, Config
 from edgellm_plugins.zeroth_order.samplers import Dense
-from edgellm_plugins.zeroth_order.trajectory import COUNTS, sgd
+from edgellm_plugins.zeroth_order.trajectory import sgd
 from edgellm_sdk import random, store
 from edgellm_sdk.context import Context
 from edgellm_sdk.errors import DataError, ModelError
@@ -83,13 +82,7 @@ class DeComFL(SpaceMethod):
             probe = estimate(follower.space, name, partial(data.select, indices), seeds)
             found.append(probe)
             follower.step(step, sgd(seeds, probe.scalars.tolist(), options.learning_rate))
-        losses = [probe.loss for probe in found if math.isfinite(probe.loss)]
-        if not losses:
-            raise DataError("no loss was finite", assignment.client, "lower the learning rate or the step")
-        arrays: dict[str, Array] = {"scalar": np.stack([probe.scalars for probe in found]).astype(np.float32)}
-        counts = {"forwards": sum(p.forwards for p in found), "dropped": sum(p.dropped for p in found)}
-        scalars = {**counts, "loss": round(float(np.mean(losses)), 6)}
-        return Update(assignment.base, assignment.round, assignment.client, "seeds", arrays, len(data), noise, scalars)
+        return update_of(assignment, found, len(data), noise, {})
 
     def history(self, assignment: Assignment, ctx: Context) -> Array:
         """All averages up to this round, (steps, P), from what the client kept and what it was sent; kept again."""
@@ -103,35 +96,17 @@ class DeComFL(SpaceMethod):
         store.save_arrays(path, {"scalar": whole}, {})
         return whole
 
-    def screen(self, updates: Sequence[Update], state: State, options: Config) -> dict[str, str]:
-        """Reject what cannot be replayed, or is not what was asked for."""
-        reasons = {}
-        expected = {"scalar": (np.dtype(np.float32), (options.steps, options.probes))}
-        for update in updates:
-            found = {name: (a.dtype, a.shape) for name, a in update.arrays.items()}
-            if update.rng != state.scalars["noise"]:
-                reasons[update.client] = f"seeds of noise {update.rng[:40]!r} cannot be replayed"
-            elif found != expected:
-                reasons[update.client] = "does not carry the arrays it was asked for"
-            elif any(type(update.scalars.get(n)) is not int or not 0 <= update.scalars[n] <= 1 << 40 for n in COUNTS):
-                reasons[update.client] = "claims an impossible number of forwards"
-            elif not isinstance(update.scalars.get("loss"), float) or not math.isfinite(update.scalars["loss"]):
-                reasons[update.client] = "claims an impossible loss"
-        return reasons
+    def expected(self, options: Config) -> dict[str, tuple[int, ...]]:
+        return {"scalar": (options.steps, options.probes)}
 
     def aggregate(self, state: State, updates: Sequence[Update], options: Config, ctx: Context) -> State:
         """Each scalar's mean over the clients, by examples, in float64."""
         total, number = sum(update.examples for update in updates), state.round + 1
         mean = sum(update.examples / total * update.arrays["scalar"].astype(np.float64) for update in updates)
         whole = np.concatenate([state.arrays["scalar"], np.asarray(mean, np.float32)])
-        counts = {n: state.scalars[n] + sum(update.scalars[n] for update in updates) for n in COUNTS}
-        counts["steps"] = state.scalars["steps"] + options.steps
-        loss = float(np.mean([update.scalars["loss"] for update in updates]))
-        ctx.curve("training loss over rounds", number, loss)
-        ctx.curve("training loss over forwards", counts["forwards"], loss)
-        ctx.curve("training loss over seconds", ctx.elapsed, loss)
         seen = state.scalars["seen"] | {update.client: len(state.arrays["scalar"]) for update in updates}
-        return State(state.base, number, {"scalar": whole}, {**state.scalars, **counts, "seen": seen}, state.cohort + 1)
+        scalars = advanced(state, updates, options.steps, ctx) | {"seen": seen}
+        return State(state.base, number, {"scalar": whole}, scalars, state.cohort + 1)
 
 
 METHOD = DeComFL(PLUGIN.name, sampler)

@@ -34,13 +34,14 @@ from pathlib import Path
 import numpy as np
 
 from edgellm_plugins.zeroth_order import estimator
+from edgellm_plugins.zeroth_order.clients import minibatch
 from edgellm_plugins.zeroth_order.estimator import HalfSums, Values
 from edgellm_plugins.zeroth_order.fwdllm import Config
 from edgellm_sdk import random
 from edgellm_sdk.context import Context
 from edgellm_sdk.errors import DataError
 from edgellm_sdk.kit import adapters
-from edgellm_sdk.kit.objective import Objective, objective
+from edgellm_sdk.kit.objective import Objective, measured, objective, written
 from edgellm_sdk.types import Array, Arrays, Assignment, Dataset, Metric, ModelHandle, Session, State, Update
 
 THETA, PREVIOUS, FIRST, SECOND, MOMENT1, MOMENT2 = "theta/", "previous/", "sum0/", "sum1/", "moment1/", "moment2/"
@@ -60,7 +61,7 @@ def _objective(model: ModelHandle, config: Config, ctx: Context) -> Objective:
         config.layers,
         config.rank,
         config.alpha,
-        tuple(name.strip() for name in config.targets.split(",") if name.strip()),
+        adapters.module_names(config.targets),
         config.reduction,
     )
     return objective(model, spec, ctx, config.precision, config.hidden_memory, config.max_length, config.share)
@@ -109,13 +110,6 @@ def assign(
     return assigned
 
 
-def _minibatch(data: Dataset, client: str, number: int, config: Config, ctx: Context) -> tuple[int, list[int]]:
-    """The client's `number`-th minibatch, cyclic over one fixed shuffle: (its place in the cycle, example indices)."""
-    order = ctx.stream(f"order/{client}").permutation(len(data)).tolist()
-    place = number % math.ceil(len(order) / config.batch_size)
-    return place, order[place * config.batch_size : (place + 1) * config.batch_size]
-
-
 def finetune(model: ModelHandle, data: Dataset, assignment: Assignment, config: Config, ctx: Context) -> Update:
     """One client's perturbed inferences on its current minibatch."""
     if not len(data):
@@ -127,10 +121,9 @@ def finetune(model: ModelHandle, data: Dataset, assignment: Assignment, config: 
         picks = {name: row.tolist() for name, row in zip(sorted(theta), assignment.arrays["picks"], strict=True)}
     directions = _draw(theta, int(assignment.arrays["pool"][0]), picks, n)
 
-    place, indices = _minibatch(data, assignment.client, assignment.scalars["minibatch"], config, ctx)
-    loss = partial(
-        _objective(model, config, ctx).evaluate, f"{assignment.client}/{place}", lambda: data.select(indices)
-    )
+    number = assignment.scalars["minibatch"]
+    name, indices = minibatch(data, assignment.client, number, config.batch_size, ctx)
+    loss = partial(_objective(model, config, ctx).evaluate, name, partial(data.select, indices))
     estimate = estimator.probe(loss, theta, directions, config.step, config.difference)
 
     arrays: dict[str, Array] = {"loss": estimate.loss}
@@ -240,9 +233,7 @@ def _step(theta: Arrays, g: Values, state: State, eta: float, config: Config) ->
 
 
 def _draw_curves(ctx: Context, number: int, loss: float, variance: float, count: int, forwards: int) -> None:
-    ctx.curve("training loss over rounds", number, loss)
-    ctx.curve("training loss over forwards", forwards, loss)
-    ctx.curve("training loss over seconds", ctx.elapsed, loss)
+    ctx.trained(number, forwards, loss)
     ctx.curve("perturbations collected over rounds", number, count)
     if math.isfinite(variance):
         ctx.curve("variance over rounds", number, variance)
@@ -250,16 +241,9 @@ def _draw_curves(ctx: Context, number: int, loss: float, variance: float, count:
 
 def measure(subject: Session | State, data: Dataset, ctx: Context) -> Mapping[str, Metric] | None:
     """Loss and, for labelled data, balanced accuracy of theta in the middle of a run."""
-    live: Objective | None = next((kept for _, kept in ctx.kept("objective ")), None)
-    if not isinstance(subject, State) or live is None:
-        return None
-    return live.measure(_part(subject.arrays, THETA), data)
+    return measured(_part(subject.arrays, THETA), data, ctx) if isinstance(subject, State) else None
 
 
 def personalise(model: ModelHandle, state: State, folder: Path, config: Config, ctx: Context) -> ModelHandle:
     """theta as an adapter folder on its base."""
-    from edgellm_sdk.models import resolve
-
-    base = {"path": str(model.path), "digest": model.digest, "name": model.name}
-    _objective(model, config, ctx).write(folder, _part(state.arrays, THETA), base)
-    return resolve(str(folder))
+    return written(_objective(model, config, ctx), folder, _part(state.arrays, THETA), model)

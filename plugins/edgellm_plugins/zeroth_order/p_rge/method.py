@@ -27,20 +27,20 @@ Where we differ from the published code (and why):
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from edgellm_plugins.zeroth_order import estimator
+from edgellm_plugins.zeroth_order.clients import minibatch
 from edgellm_plugins.zeroth_order.estimator import Values
 from edgellm_plugins.zeroth_order.p_rge import Config
 from edgellm_sdk import random
 from edgellm_sdk.context import Context
 from edgellm_sdk.errors import DataError
 from edgellm_sdk.kit import adapters
-from edgellm_sdk.kit.objective import Objective, objective
+from edgellm_sdk.kit.objective import Objective, measured, objective, written
 from edgellm_sdk.types import Array, Arrays, Assignment, Dataset, Float32, Metric, ModelHandle, Session, State, Update
 
 THETA = "theta/"
@@ -51,7 +51,7 @@ def _theta(arrays: Arrays) -> dict[str, Array]:
 
 
 def _objective(model: ModelHandle, config: Config, ctx: Context) -> Objective:
-    targets = tuple(name.strip() for name in config.targets.split(",") if name.strip())
+    targets = adapters.module_names(config.targets)
     spec = adapters.Spec("lora-fa", config.layers, config.rank, config.alpha, targets)
     share = {"both": 2 * config.queries, "outer": config.queries, "none": 1}[config.loops]
     return objective(model, spec, ctx, config.precision, config.hidden_memory, config.max_length, share)
@@ -115,16 +115,11 @@ def losses(
 ) -> tuple[Array, Array, int]:
     """(l^+ (q,), l^- (q,), rows run) on minibatch `start`, or with `split` on minibatches start .. start + q - 1."""
     size = config.batch // config.queries
-    order = ctx.stream(f"order/{client}").permutation(len(data)).tolist()
-    batches = math.ceil(len(order) / size)
 
     def evaluate(number: int, chosen: Sequence[Values]) -> tuple[Array, int]:
-        place = number % batches
-        indices = order[place * size : (place + 1) * size]
+        name, indices = minibatch(data, client, number, size, ctx)
         signs = [config.step] * len(chosen) + [-config.step] * len(chosen)
-        found = live.evaluate(
-            f"{client}/{size}/{place}", lambda: data.select(indices), theta, [*chosen, *chosen], signs
-        )
+        found = live.evaluate(name, lambda: data.select(indices), theta, [*chosen, *chosen], signs)
         return found.reshape(2, -1), len(signs) * len(indices)
 
     if config.split:
@@ -188,24 +183,15 @@ def aggregate(state: State, updates: Sequence[Update], config: Config, ctx: Cont
 
     forwards = state.scalars["forwards"] + sum(update.scalars["forwards"] for update in updates)
     loss = float(np.mean([update.arrays["loss"].mean() for update in updates]))
-    ctx.curve("training loss over rounds", number, loss)
-    ctx.curve("training loss over forwards", forwards, loss)
-    ctx.curve("training loss over seconds", ctx.elapsed, loss)
+    ctx.trained(number, forwards, loss)
     return State(state.base, number, arrays, {**state.scalars, "forwards": forwards})
 
 
 def measure(subject: Session | State, data: Dataset, ctx: Context) -> Mapping[str, Metric] | None:
     """Loss and, for labelled data, balanced accuracy of theta in the middle of a run."""
-    live: Objective | None = next((kept for _, kept in ctx.kept("objective ")), None)
-    if not isinstance(subject, State) or live is None:
-        return None
-    return live.measure(_theta(subject.arrays), data)
+    return measured(_theta(subject.arrays), data, ctx) if isinstance(subject, State) else None
 
 
 def personalise(model: ModelHandle, state: State, folder: Path, config: Config, ctx: Context) -> ModelHandle:
     """theta as an adapter folder on its base."""
-    from edgellm_sdk.models import resolve
-
-    base = {"path": str(model.path), "digest": model.digest, "name": model.name}
-    _objective(model, config, ctx).write(folder, _theta(state.arrays), base)
-    return resolve(str(folder))
+    return written(_objective(model, config, ctx), folder, _theta(state.arrays), model)
