@@ -210,7 +210,8 @@ def _size_against_accuracy(columns: Sequence[str], rows: Sequence[Sequence[Any]]
     if len(dots) < 2:
         return ""
     share = all(0 <= dot.high <= 1 for dot in dots)
-    return charts.scatter(f"{str(columns[scores[0]]).capitalize()} against file size", "MB", dots, share)
+    against = str(columns[sizes[0]]).removesuffix(", MB")
+    return charts.scatter(f"{str(columns[scores[0]]).capitalize()} against {against}", "MB", dots, share)
 
 
 def _numbers(value: Any) -> list[float]:

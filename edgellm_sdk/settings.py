@@ -26,7 +26,7 @@ class Finetune:
     clients_per_round: int = opt(0, "clients sampled each round; 0 takes all", ge=0)
     partition: str = opt("iid", "how the data is dealt: iid, dirichlet:ALPHA, label:K or user")
     seed: int = opt(0, SEED, ge=0)
-    device: str = opt("cpu", "cpu or cuda, or a backend that only infers, as llama_cpp")
+    device: str = opt("cpu", "cpu or cuda, or a backend that only infers, as llama_cpp with its --llama-cpp-NAME")
     aggregate: str = opt("", "another plugin that aggregates, for a method that leaves it open")
     balance: bool = opt(False, BALANCE)
     task_prompt: str = opt("", TASK_PROMPT)

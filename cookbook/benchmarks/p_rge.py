@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from edgellm_plugins.zeroth_order.p_rge import Config, method
+from edgellm_plugins.zeroth_order import estimator
+from edgellm_plugins.zeroth_order.p_rge import Config
+from edgellm_plugins.zeroth_order.p_rge.method import METHOD
 
 from edgellm_sdk import models, store
 from edgellm_sdk.context import Context
@@ -35,6 +37,7 @@ from edgellm_sdk.types import Dataset, Example
 RULE = ((1, 16), (4, 4), (16, 1))  # (q, B_e)
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 RATES = (0.03, 0.1, 0.3)
+EPS = 0.01
 TRAIN, HELD, ROUND = 64, 64, 32
 
 
@@ -49,6 +52,7 @@ def timed(tokens: int, repeats: int) -> dict[str, Any]:
     spec = adapters.Spec("lora-fa", 0, 16, 32.0, TARGETS)
     frozen = Frozen(models.resolve("smollm2-135m"), spec, Stream(0, "adapter"), "auto", max_length=tokens)
     theta, data = frozen.initial, long_messages(16)
+    shapes = estimator.shapes_of(theta)
     rows = prompts.encode(frozen.tokenizer, data.examples, tokens)
     assert {len(row.tokens) for row in rows} == {tokens}
     seconds: dict[str, dict[str, list[float]]] = {}
@@ -56,14 +60,14 @@ def timed(tokens: int, repeats: int) -> dict[str, Any]:
         for q, each in RULE:
             found = seconds.setdefault(f"q={q}, B_e={each}", {"both": [], "outer": [], "none": [], "directions": []})
             start = time.perf_counter()
-            z = method.directions(theta, turn, 0, q)
+            z = [estimator.direction(shapes, turn, k) for k in range(q)]
             found["directions"].append(time.perf_counter() - start)
             reference = None
             for loops, share in (("none", 1), ("outer", q), ("both", 2 * q)):
                 frozen.share = share
                 start = time.perf_counter()
                 losses = frozen.evaluate(
-                    f"{each}", lambda each=each: data.select(range(each)), theta, [*z, *z], [0.01] * q + [-0.01] * q
+                    f"{each}", lambda each=each: data.select(range(each)), theta, [*z, *z], [EPS] * q + [-EPS] * q
                 )  # fmt: skip
                 found[loops].append(time.perf_counter() - start)
                 reference = losses if reference is None else reference
@@ -103,17 +107,17 @@ def learned(q: int, steps: int, seeds: int) -> dict[str, Any]:
             for seed in range(seeds):
                 ctx = Context(Path(folder), seed=seed)
                 ctx.keep(f"objective {handle.digest}", lambda: frozen)
-                config = Config(queries=q, steps=ROUND, learning_rate=rate, layers=1)
+                config = Config(probes=q, steps=ROUND, learning_rate=rate, step=EPS, layers=1)
                 client, began, curve = f"client {seed}", time.monotonic(), []
-                state = method.initialise(handle, config, ctx)
+                state = METHOD.initialise(handle, config, ctx)
                 for done in range(0, steps + 1, ROUND):
-                    found = frozen.measure(method._theta(state.arrays), held)
+                    found = METHOD.measure(state, held, config, ctx) or {}
                     loss, accuracy = (found[k].value for k in ("validation loss", "balanced accuracy"))
-                    curve.append([state.scalars["forwards"] * length, loss, accuracy])
+                    curve.append([state.scalars["forwards"] * config.batch_size * length, loss, accuracy])
                     if done < steps:
-                        given = method.assign(state, [client], ctx)[client]
-                        update = method.finetune(handle, train, given, config, ctx)
-                        state = method.aggregate(state, [update], config, ctx)
+                        given = METHOD.assign(state, [client], config)[client]
+                        update = METHOD.finetune(handle, train, given, config, ctx)
+                        state = METHOD.aggregate(state, [update], config, ctx)
                 arms.append(
                     {
                         "learning_rate": rate,

@@ -102,9 +102,10 @@ def _run(call: Call) -> None:
     typed = take_apart(verb, rest)
     loaded = registry.get(typed.plugin, verb.stage) if typed.plugin and verb.plugin else None
     wants_help = bool(set(_options_part(rest)) & set(HELP))
-    if loaded is not None:
-        typed = take_apart(verb, rest, loaded)
-    elif "plugin" in verb.required and not wants_help:
+    others = verb.company(typed.said)
+    if loaded is not None or others:
+        typed = take_apart(verb, rest, loaded, others)
+    if loaded is None and "plugin" in verb.required and not wants_help:
         names = ", ".join(row.name for row in registry.for_stage(verb.stage)) or "none is installed"
         raise UsageError("needs --plugin NAME", f"edgellm {verb.path}", f"there is {names}")
 
@@ -116,7 +117,7 @@ def _run(call: Call) -> None:
 
     app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
     epilog = (verb.more() if loaded is None else _about(loaded)) if wants_help else ""
-    add(app, verb, loaded, typed, answer, epilog)
+    add(app, verb, loaded, typed, answer, epilog, others)
     command = typer.main.get_command(app)
     command.main(args=typed.args, prog_name=f"edgellm {verb.path}", standalone_mode=False)
     if answers and answers[0]:  # here and not within typer, which has its own mind about closed pipes

@@ -57,12 +57,21 @@ def info(request: Request) -> Answer:
         ("also called", row.aliases),
         ("origin", row.origin),
         ("state", f"{row.state}: {row.reason}" if row.reason else row.state),
+        ("in training", _in_training(loaded)),
     ]
     text = facts([(name, value) for name, value in about if value])
     if options:
         rows = [[d["name"], d["type"], d["default"], d["bounds"], d["unit"], d["help"]] for d in described]
         text += "\n\n" + table(("option", "type", "default", "bounds", "unit", "meaning"), rows)
     return Answer({**asdict(row), "options": described}, text)
+
+
+def _in_training(loaded: registry.Loaded) -> str:
+    """How a training run names the plugin and its options; empty when it cannot be a run's device."""
+    if "edgellm_objective" not in loaded.hooks:
+        return ""
+    dashed = loaded.plugin.name.replace("_", "-")
+    return f"finetune --device {loaded.plugin.name}, options as --{dashed}-NAME or under [options.{loaded.plugin.name}]"
 
 
 def new(request: Request) -> Answer:

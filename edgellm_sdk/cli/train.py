@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
-from edgellm_sdk import registry
+from edgellm_sdk import companions, registry
 from edgellm_sdk.cli.verb import Answer, Request, Verb
 from edgellm_sdk.settings import Aggregate, Finetune
 
@@ -28,6 +29,12 @@ def aggregate(request: Request) -> Answer:
     return Answer(done.report.to_json(), show.outcome(done))
 
 
+def company(said: Mapping[str, str]) -> tuple[registry.Loaded, ...]:
+    """The plugins of a training run beside its method, as far as they were typed."""
+    found = companions.of_training(said.get("device", "") or "cpu", said.get("aggregate", ""))
+    return tuple(other for other in found if other.source.name != said.get("plugin", "").replace("_", "-"))
+
+
 def installed(stage: str) -> str:
     """For the help page: the plugins that can do `stage`, and how to see their options."""
     rows = registry.for_stage(stage)
@@ -46,6 +53,7 @@ VERBS = (
         required=("plugin", "model", "data", "output"),
         plugin="plugin",
         stage="finetune",
+        company=company,
         more=lambda: installed("finetune"),
     ),
     Verb(

@@ -16,7 +16,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand
 
-from edgellm_sdk import config, registry
+from edgellm_sdk import companions, config, registry
 from edgellm_sdk.config import Option
 from edgellm_sdk.errors import ConfigError, UsageError
 
@@ -55,8 +55,9 @@ class Request:
 class Verb:
     """`path` is typed (`plugins list`). `words` describes bare words (`FILE`), `least`..`most` of them (-1: any).
 
-    `plugin` is the setting that names a plugin able to do `stage`, whose options join this verb's own. `required`
-    settings have no sensible default. `more` adds lines to the help page; it is called only when that is shown.
+    `plugin` is the setting that names a plugin able to do `stage`, whose options join this verb's own; so do those of
+    `company(settings as typed)`, as `--PLUGIN-NAME`. `required` settings have no sensible default. `more` adds lines to
+    the help page; it is called only when that is shown.
     """
 
     path: str
@@ -69,28 +70,40 @@ class Verb:
     required: tuple[str, ...] = ()
     plugin: str = ""
     stage: str = ""
+    company: Callable[[Mapping[str, str]], Sequence[registry.Loaded]] = lambda typed: ()
     more: Callable[[], str] = field(default=lambda: "")
 
 
 @dataclass(frozen=True)
 class Flag:
-    """One option on the command line: where its value belongs and what the help page says."""
+    """One option on the command line: whose it is (`""`: the verb's own) and what the help page says."""
 
     name: str
     flag: str
     option: Option
-    of_plugin: bool
+    owner: str = ""
+    parameter: str = ""
 
 
-def flags_of(verb: Verb, loaded: registry.Loaded | None) -> list[Flag]:
-    """The verb's settings, then the plugin's options; a plugin's option of a taken name is `--PLUGIN-NAME`."""
-    flags = [Flag(o.name, o.flag, o, False) for o in config.options(verb.settings)]
+def flags_of(verb: Verb, loaded: registry.Loaded | None, others: Sequence[registry.Loaded] = ()) -> list[Flag]:
+    """The verb's settings, then the plugin's options, then those of `others`. A plugin's option of a taken name, and
+    every option of `others`, is `--PLUGIN-NAME`."""
+    flags = [Flag(o.name, o.flag, o, "", f"setting_{o.name}") for o in config.options(verb.settings)]
     taken = {flag.flag for flag in flags} | {"--config", "--help", *SWITCHES}
     if loaded is not None:
         for option in config.options(loaded.plugin.config):
-            longer = f"--{loaded.plugin.name}-{option.name}".replace("_", "-")
-            flags.append(Flag(option.name, longer if option.flag in taken else option.flag, option, True))
+            flag = _longer(loaded, option) if option.flag in taken else option.flag
+            flags.append(Flag(option.name, flag, option, loaded.plugin.name, f"option_{option.name}"))
+    for number, other in enumerate(others):
+        flags += [
+            Flag(o.name, _longer(other, o), o, other.plugin.name, f"option{number}_{o.name}")
+            for o in config.options(other.plugin.config)
+        ]
     return flags
+
+
+def _longer(loaded: registry.Loaded, option: Option) -> str:
+    return f"--{loaded.plugin.name}-{option.name}".replace("_", "-")
 
 
 def help_text(option: Option) -> str:
@@ -111,13 +124,16 @@ class Typed:
     args: list[str]
     unknown: dict[str, Any]
     plugin: str
+    said: dict[str, str]
     file: dict[str, Any]
     where: str
 
 
-def take_apart(verb: Verb, args: Sequence[str], loaded: registry.Loaded | None = None) -> Typed:
-    """Set unknown `--options` aside, find the plugin's name and read the `--config` file. ConfigError for the file."""
-    flags = flags_of(verb, loaded)
+def take_apart(
+    verb: Verb, args: Sequence[str], loaded: registry.Loaded | None = None, others: Sequence[registry.Loaded] = ()
+) -> Typed:
+    """Set unknown `--options` aside, note what the settings say, read the `--config` file (ConfigError for that)."""
+    flags = flags_of(verb, loaded, others)
     valued = {flag.flag for flag in flags if flag.option.type is not bool} | {"--config"}
     valued |= {short for name, short in SHORT.items() if f"--{name}" in valued} | {"-c"}
     bare = {f for flag in flags if flag.option.type is bool for f in (flag.flag, f"--no-{flag.flag[2:]}")}
@@ -146,30 +162,49 @@ def take_apart(verb: Verb, args: Sequence[str], loaded: registry.Loaded | None =
             kept.append(token)
     path = found.get("--config", found.get("-c", ""))
     file = config.read_toml(Path(path)) if path and not set(kept) & set(HELP) else {}
-    named = found.get(f"--{verb.plugin}", found.get(SHORT.get(verb.plugin, ""), file.get(verb.plugin, "")))
-    return Typed(kept, unknown, named if isinstance(named, str) else "", file, path)
+    said = {}
+    for flag in flags:
+        text: Any = found.get(flag.flag, found.get(SHORT.get(flag.name, ""), file.get(flag.name)))
+        if not flag.owner and isinstance(text, str):
+            said[flag.name] = text
+    return Typed(kept, unknown, said.get(verb.plugin, ""), said, file, path)
 
 
-def build(verb: Verb, loaded: registry.Loaded | None, given: Mapping[str, Any], typed: Typed) -> tuple[Any, Any]:
-    """(settings, the plugin's options that were given, as values). ConfigError with all problems of both at once."""
-    flags = flags_of(verb, loaded)
+def build(
+    verb: Verb,
+    loaded: registry.Loaded | None,
+    given: Mapping[str, Any],
+    typed: Typed,
+    others: Sequence[registry.Loaded] = (),
+) -> tuple[Any, Any]:
+    """(settings, the plugins' options that were given, as values). ConfigError with all problems of all at once."""
+    flags = flags_of(verb, loaded, others)
     file = dict(typed.file)
     table = file.pop("options", {})
     problems: list[str] = []
     if not isinstance(table, dict):
         problems.append("options: is not a table")
         table = {}
-    own, plugins = dict(file), dict(table)
+    own = dict(file)
+    plugins, theirs = companions.separated(table, others)
     for flag in flags:
-        value = given.get(_parameter(flag))
+        value = given.get(flag.parameter)
         if value is not None:
-            (plugins if flag.of_plugin else own)[flag.name] = value
-    names = [flag.name for flag in flags if not flag.of_plugin]
-    theirs = [flag.name for flag in flags if flag.of_plugin]
+            table = theirs.get(flag.owner, plugins if flag.owner else own)
+            table[flag.name] = value
+    names = [flag.name for flag in flags if not flag.owner]
+    known = [flag.name for flag in flags if flag.owner and flag.owner not in theirs]
     for name, value in typed.unknown.items():
         plain = name.replace("-", "_")
-        likely_own = config.nearest(plain, names) and not config.nearest(plain, theirs)
-        (own if loaded is None or likely_own else plugins)[name] = value
+        owner = next((other for other in theirs if plain.startswith(other.replace("-", "_") + "_")), "")
+        longer = next((flag.flag for flag in flags if flag.owner in theirs and flag.name == plain), "")
+        likely_own = config.nearest(plain, names) and not config.nearest(plain, known)
+        if owner:
+            theirs[owner][plain[len(owner) + 1 :]] = value
+        elif longer:
+            problems.append(f"unknown option {name!r}, did you mean {longer[2:]!r}?")
+        else:
+            (own if loaded is None or likely_own else plugins)[name] = value
     if loaded is None:
         own |= plugins
     settings: Any = None
@@ -177,25 +212,29 @@ def build(verb: Verb, loaded: registry.Loaded | None, given: Mapping[str, Any], 
         settings = config.build(verb.settings, own, verb.path)
     except ConfigError as error:
         problems += error.problems
-    if loaded is not None:
-        wanted = loaded.plugin.config
+    errors: list[ConfigError] = []
+    options: dict[str, Any] = {}
+    for plugin in (*([loaded] if loaded is not None else ()), *others):
+        name = plugin.plugin.name
         try:
-            built = config.as_dict(config.build(wanted, plugins, loaded.plugin.name))
-            plugins = {name.replace("-", "_"): built[name.replace("-", "_")] for name in plugins}
+            options |= {name: _given(plugin, theirs[name])} if name in theirs else _given(plugin, plugins)
         except ConfigError as error:
-            if not problems:
-                raise
-            problems += error.problems
+            errors.append(error)
+    if len(errors) == 1 and not problems:
+        raise errors[0]
+    problems += [problem for error in errors for problem in error.problems]
     if problems:
         raise ConfigError("; ".join(problems), verb.path, "see --help", problems=tuple(problems))
     missing = [f"--{name.replace('_', '-')}" for name in verb.required if not getattr(settings, name)]
     if missing:
         raise UsageError(f"needs {', '.join(missing)}", f"edgellm {verb.path}", f"see edgellm {verb.path} --help")
-    return settings, plugins
+    return settings, {name: value for name, value in options.items() if value != {}}
 
 
-def _parameter(flag: Flag) -> str:
-    return ("option_" if flag.of_plugin else "setting_") + flag.name
+def _given(loaded: registry.Loaded, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that were given, as values. ConfigError."""
+    built = config.as_dict(config.build(loaded.plugin.config, options, loaded.plugin.name))
+    return {name.replace("-", "_"): built[name.replace("-", "_")] for name in options}
 
 
 def add(
@@ -205,10 +244,11 @@ def add(
     typed: Typed,
     answer: Callable[[Request], None],
     epilog: str,
+    others: Sequence[registry.Loaded] = (),
 ) -> None:
     """Make `verb` a command of `app` that hands a checked request to `answer`."""
-    parameters = list(_parameters(verb, loaded))
-    plain = {_parameter(f) for f in flags_of(verb, loaded) if f.option.default is False and not f.of_plugin}
+    parameters = list(_parameters(verb, flags_of(verb, loaded, others)))
+    plain = {f.parameter for f in flags_of(verb, loaded) if f.option.default is False and not f.owner}
 
     class Command(TyperCommand):
         def format_help(self, ctx: Any, formatter: Any) -> None:
@@ -218,7 +258,7 @@ def add(
             super().format_help(ctx, formatter)
 
         def invoke(self, ctx: Any) -> None:
-            answer(_request(verb, loaded, ctx.params, typed))
+            answer(_request(verb, loaded, ctx.params, typed, others))
 
     def declared() -> None:
         """Carries the signature that typer reads."""
@@ -229,8 +269,14 @@ def add(
     app.command(name, cls=Command, help=verb.summary, epilog=epilog or None)(declared)
 
 
-def _request(verb: Verb, loaded: registry.Loaded | None, given: Mapping[str, Any], typed: Typed) -> Request:
-    settings, options = build(verb, loaded, given, typed)
+def _request(
+    verb: Verb,
+    loaded: registry.Loaded | None,
+    given: Mapping[str, Any],
+    typed: Typed,
+    others: Sequence[registry.Loaded],
+) -> Request:
+    settings, options = build(verb, loaded, given, typed, others)
     words = tuple(given.get("words") or ())
     if len(words) < verb.least:
         raise UsageError(f"needs {verb.words}", f"edgellm {verb.path}", f"see edgellm {verb.path} --help")
@@ -240,18 +286,18 @@ def _request(verb: Verb, loaded: registry.Loaded | None, given: Mapping[str, Any
     return Request(settings, options, words, bool(given["json"]), quiet)
 
 
-def _parameters(verb: Verb, loaded: registry.Loaded | None) -> Iterable[inspect.Parameter]:
+def _parameters(verb: Verb, flags: Sequence[Flag]) -> Iterable[inspect.Parameter]:
     keyword = inspect.Parameter.KEYWORD_ONLY
     if verb.words:
         argument = typer.Argument(None, metavar=verb.words, show_default=False)
         yield inspect.Parameter("words", keyword, default=argument, annotation=list[str] | None)
-    for flag in flags_of(verb, loaded):
+    for flag in flags:
         option, declared = flag.option, [flag.flag]
         if option.type is bool:
             declared = [f"{flag.flag}/--no-{flag.flag[2:]}"]
-        elif not flag.of_plugin and option.name in SHORT:
+        elif not flag.owner and option.name in SHORT:
             declared.append(SHORT[option.name])
-        panel = f"Options of {loaded.plugin.name}" if flag.of_plugin and loaded else "Options"
+        panel = f"Options of {flag.owner}" if flag.owner else "Options"
         info = typer.Option(
             None,
             *declared,
@@ -261,9 +307,12 @@ def _parameters(verb: Verb, loaded: registry.Loaded | None) -> Iterable[inspect.
             rich_help_panel=panel,
         )
         kind: Any = bool | None if option.type is bool else str | None
-        yield inspect.Parameter(_parameter(flag), keyword, default=info, annotation=kind)
+        yield inspect.Parameter(flag.parameter, keyword, default=info, annotation=kind)
     if verb.plugin:
-        help = "TOML file with these options by name; a plugin's go under [options]; the command line wins"
+        help = (
+            "TOML file with these options by name; the plugin's go under [options], those of a further one under "
+            "[options.NAME]; the command line wins"
+        )
         info = typer.Option(
             None, "--config", "-c", help=help.replace("[", r"\["), metavar="FILE", rich_help_panel="General"
         )

@@ -110,7 +110,8 @@ def _observe(watch: Watch, state: State, ctx: Context) -> None:
 def _headline(ctx: Context) -> str:
     """The newest loss and accuracy, for the progress bar."""
     parts = []
-    for name in ("training loss over rounds", "balanced accuracy over rounds"):
+    training = [name for name in ctx.curves if name.startswith("training ") and name.endswith(" over rounds")]
+    for name in (*training, "balanced accuracy over rounds"):
         if points := ctx.curves.get(name):
             parts.append(f"{name.split(' over')[0]} {points[-1][1]:.3f}")
     return "  ".join(parts)

@@ -18,6 +18,7 @@ depends on the machine. So numpy, torch with any number of threads, and CUDA end
 from __future__ import annotations
 
 import math
+import zlib
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,19 +30,22 @@ import torch
 from torch import Tensor
 
 from edgellm_sdk import random
+from edgellm_sdk.kit import native
 from edgellm_sdk.types import Array, Float32
 
 BANK = 1 << 20
-BLOCK = 1 << 18
+BLOCK_BITS = 18
+BLOCK = 1 << BLOCK_BITS
 KINDS = ("gaussian", "rademacher")
 _SIGN_BIT = 20
 _PLACES = random.key(0, "noise places")
 ADAM_EPSILON = 1e-8
 
 
+@lru_cache(maxsize=len(KINDS))
 def noise_id(kind: str) -> str:
-    """What an Update must name so that its seeds can be replayed."""
-    return f"bank20-{kind}/1"
+    """What an Update must name so that its seeds can be replayed: the scheme, and a checksum of this machine's bank."""
+    return f"bank20-{kind}/1/{zlib.crc32(bank(kind).tobytes()):08x}"
 
 
 @lru_cache(maxsize=len(KINDS))
@@ -64,6 +68,12 @@ def rounding_bank() -> Array:
     words = random.blocks(random.key(0, "noise bank rounding"), 0, BANK // 8).astype("<u4").view("<u2")
     values = words.reshape(-1).astype(np.int32)
     return np.concatenate([values, values[:BLOCK]])
+
+
+@lru_cache(maxsize=1)
+def uniform16() -> Array:
+    """`rounding_bank` in half the memory: uint16."""
+    return rounding_bank().astype(np.uint16)
 
 
 def _name_hash(name: str) -> int:
@@ -141,7 +151,8 @@ def move(kind: str, weight: Float32, name: str, move: Move, limit: float = inf) 
 class Noise:
     """Directions over the tensors of one model on one device; `sizes` maps each name to its number of elements.
 
-    Memory: the bank (5 MiB, and 7.5 more for 16-bit weights) and four blocks of float32 (4 MiB).
+    Memory: the bank (5 MiB, and 7.5 more for 16-bit weights) and four blocks of float32 (4 MiB). On the CPU, sets of at
+    least a bank's size are swept by `native` where it can be had; the first one may wait for its compiler.
     """
 
     def __init__(self, kind: str, sizes: Mapping[str, int], device: str | torch.device = "cpu") -> None:
@@ -157,6 +168,8 @@ class Noise:
             name: slice(*span) for name, span in zip(sizes, zip(starts, starts[1:], strict=False), strict=True)
         }
         self._drawn: OrderedDict[tuple[int, ...], tuple[Array, Float32]] = OrderedDict()
+        compiled = native.library() if self.device.type == "cpu" and sum(sizes.values()) >= BANK else None
+        self._sweeps = native.Sweeps(compiled, bank(kind), uniform16, BLOCK) if compiled else None
 
     def _places(self, seeds: tuple[int, ...], name: str) -> tuple[Array, Float32]:
         if seeds not in self._drawn:
@@ -174,7 +187,10 @@ class Noise:
         `weight` may be a slice of the tensor that begins at its element `start`. Where |weight| > limit z is 0.
         """
         flat, result = weight.view(-1), out.view(-1)
-        (where,), (signs,) = self._places((seed,), name)
+        drawn, flips = self._places((seed,), name)
+        if self._sweeps and self._sweeps.takes(flat.dtype):
+            return self._sweeps.shift(flat, result, start, drawn, flips * np.float32(coefficient), limit)
+        (where,), (signs,) = drawn, flips
         noise = self._in(weight.dtype)
         begin = 0
         while begin < flat.numel():
@@ -186,6 +202,7 @@ class Noise:
                 z = z * (part.abs() <= limit)
             torch.add(part, z, alpha=float(signs[b]) * coefficient, out=result[begin:end])
             begin = end
+        return None
 
     def _in(self, dtype: torch.dtype) -> Tensor:
         if dtype not in self._banks:
@@ -195,10 +212,14 @@ class Noise:
     def rows(self, seed: int, name: str, columns: int, rows: Tensor) -> Tensor:
         """z of some rows of a matrix: (n,) int64 -> (n, columns) float32."""
         (where,), (signs,) = self._places((seed,), name)
-        index = rows[:, None] * columns + torch.arange(columns, device=self.device)
-        block = index // BLOCK
-        offsets = torch.from_numpy(where).to(self.device)[block] + index % BLOCK
-        return self._bank[offsets] * torch.from_numpy(signs).to(self.device)[block]
+        at = rows * columns
+        block, within = at >> BLOCK_BITS, at & BLOCK - 1
+        place = torch.from_numpy(where).to(self.device)[block] + within
+        sign = torch.from_numpy(signs).to(self.device)[block]
+        z = self._bank.unfold(0, columns, 1)[place.clamp_max(BANK + BLOCK - columns)].mul_(sign[:, None])
+        for row in torch.nonzero(within + columns > BLOCK).view(-1).tolist():
+            self.shifted(z[row].zero_(), seed, name, 1.0, z[row], int(at[row]))  # in more than one block
+        return z
 
     def move(self, weight: Tensor, name: str, move: Move, limit: float = inf) -> None:
         """`move` of one tensor, in place; where |weight| > limit it stays.
@@ -210,6 +231,8 @@ class Noise:
         where, signs = self._places(move.seeds, name)
         first = signs * np.array(move.first, np.float32)[:, None]
         rounding = _scrambled(where[-1])
+        if self._sweeps and self._sweeps.takes(flat.dtype) and not move.second and not move.decay:
+            return self._sweeps.move(flat, where, first, np.array(rounding), limit)
         for b in range(where.shape[1]):
             part = flat[b * BLOCK : (b + 1) * BLOCK]
             places_of_b = where[:, b].tolist()
@@ -221,6 +244,7 @@ class Noise:
             if limit < inf:
                 total.mul_(part.abs() <= limit)
             self.add(part, total, kept, rounding[b])
+        return None
 
     def _sum(
         self, where: Sequence[int], factors: Sequence[float], count: int, slot: int, squared: bool = False

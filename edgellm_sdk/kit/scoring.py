@@ -1,18 +1,22 @@
-"""Metrics with their uncertainty: loss, perplexity, and label accuracy decided by a label's first token.
+"""Metrics with their uncertainty: loss, perplexity, label accuracy decided by a label's first token, overlap of texts.
 
 A labelled prompt is decided by comparing the model's next-token logits at the first token of each label. Labels whose
 first tokens coincide cannot be told apart that way and are refused.
+
+A `Goal` is what a method that only evaluates minimises: the loss, or minus one of the scores, which have no gradient.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgellm_sdk.errors import DataError
+from edgellm_sdk.errors import ConfigError, DataError
+from edgellm_sdk.kit.overlap import rouge_l, token_f1
 from edgellm_sdk.types import Array, Dataset, Metric, Session
 
 if TYPE_CHECKING:
@@ -20,6 +24,64 @@ if TYPE_CHECKING:
 
 CHUNK = 16
 Z95 = 1.959964
+TITLES = {"loss": "loss", "accuracy": "accuracy", "f1": "token F1", "rouge": "Rouge-L"}
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What is minimised on a batch; anything that can be evaluated will do (arXiv 2305.17333).
+
+    `loss`: cross-entropy per scored token, nats. Others: minus the mean over examples of a score in [0, 1]: `accuracy`
+    of the label, decided as above; `f1` (bag of words) or `rouge` (Rouge-L) of a greedy answer of at most `new_tokens`
+    tokens against the completion.
+    """
+
+    name: str = "loss"
+    new_tokens: int = 32
+
+    @property
+    def title(self) -> str:
+        """The score's name in reports."""
+        return TITLES[self.name]
+
+    @property
+    def writes(self) -> bool:
+        """Whether answers have to be generated."""
+        return self.name in ("f1", "rouge")
+
+
+LOSS = Goal()
+
+
+@dataclass(frozen=True)
+class AnswerKey:
+    """What the scores of some examples need: each label's first token and every example's place among them; the
+    reference texts."""
+
+    firsts: tuple[int, ...] = ()
+    truth: tuple[int, ...] = ()
+    references: tuple[str, ...] = ()
+
+
+def answer_key(goal: Goal, data: Dataset, encode: Callable[[str], list[int]]) -> AnswerKey:
+    """The key of `data`. ConfigError for accuracy without labels; DataError when two labels share a first token, or
+    when an answer is to be generated to an empty prompt."""
+    if goal.writes:
+        if not all(example.prompt for example in data.examples):
+            raise DataError(f"{goal.title} needs a prompt in every example", data.name, "train on the loss instead")
+        return AnswerKey(references=tuple(example.completion for example in data.examples))
+    if goal.name != "accuracy":
+        return AnswerKey()
+    if not data.labels:
+        raise ConfigError("accuracy needs labelled data", "objective", "use loss, f1 or rouge")
+    truth = tuple(data.labels.index(str(example.label)) for example in data.examples)
+    return AnswerKey(tuple(first_tokens(data, encode)), truth)
+
+
+def text_scores(goal: Goal, generated: Sequence[str], references: Sequence[str]) -> Array:
+    """The score of each generated text: (n,) float64."""
+    score = rouge_l if goal.name == "rouge" else token_f1
+    return np.array([score(text, reference) for text, reference in zip(generated, references, strict=True)])
 
 
 def first_tokens(data: Dataset, encode: Callable[[str], list[int]]) -> list[int]:
@@ -48,11 +110,12 @@ def balanced_accuracy(truth: Sequence[str], predicted: Sequence[str], labels: Se
     return Metric(value, "", len(truth), (max(0.0, value - half), min(1.0, value + half)))
 
 
-def mean(values: Array, unit: str) -> Metric:
-    """The mean with a normal 95 % interval."""
+def mean(values: Array, unit: str, low: float = -math.inf, high: float = math.inf) -> Metric:
+    """The mean with a normal 95 % interval, cut to what values can be."""
     half = Z95 * float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.inf
     centre = float(values.mean())
-    return Metric(centre, unit, len(values), (centre - half, centre + half) if math.isfinite(half) else None)
+    interval = (max(low, centre - half), min(high, centre + half)) if math.isfinite(half) else None
+    return Metric(centre, unit, len(values), interval)
 
 
 def log_softmax(logits: Array) -> Array:
@@ -63,20 +126,31 @@ def log_softmax(logits: Array) -> Array:
 
 
 def of_frozen(frozen: Frozen, data: Dataset) -> dict[str, Metric]:
-    """Loss per scored token and, for labelled data, balanced accuracy, with the trainables now installed."""
-    losses, predicted = [], []
+    """Loss per scored token, for labelled data balanced accuracy, and the text score that is trained, with the
+    trainables now installed."""
+    losses: list[Array] = []
+    predicted: list[str] = []
+    scores: list[Array] = []
     firsts = first_tokens(data, frozen.encode) if data.labels else []
     for start in range(0, len(data), CHUNK):
         part = data.select(range(start, min(start + CHUNK, len(data))))
-        kept = frozen.batch(f"{data.fingerprint}/{start}", lambda part=part: part)  # type: ignore[misc]
+        name = f"{data.fingerprint}/{start}"
+        kept = frozen.batch(name, lambda part=part: part)  # type: ignore[misc]
         logits = frozen.logits(kept)[0].cpu().numpy()
         rows = kept.rows.cpu().numpy()
-        scores = log_softmax(logits)
-        losses.append(-scores[np.arange(len(rows)), kept.targets.cpu().numpy()])
+        logp = log_softmax(logits)
+        losses.append(-logp[np.arange(len(rows)), kept.targets.cpu().numpy()])
         if firsts:
             starts = np.searchsorted(rows, np.arange(len(part)))
             predicted += [data.labels[i] for i in logits[starts][:, firsts].argmax(1)]
-    return metrics(np.concatenate(losses), predicted, data)
+        if frozen.goal.writes:
+            scores.append(frozen.scores(frozen.begun(name, lambda part=part: part))[0])  # type: ignore[misc]
+    return metrics(np.concatenate(losses), predicted, data) | text_metric(frozen.goal, scores)
+
+
+def text_metric(goal: Goal, scores: Sequence[Array]) -> dict[str, Metric]:
+    """The mean score of generated answers, from that of every example; nothing for goals that generate none."""
+    return {goal.title: mean(np.concatenate(scores), "", 0.0, 1.0)} if goal.writes else {}
 
 
 def metrics(losses: Array, predicted: Sequence[str], data: Dataset) -> dict[str, Metric]:

@@ -20,6 +20,7 @@ from typing import Any
 from edgellm_sdk import config, registry, settings, store
 from edgellm_sdk.context import Context
 from edgellm_sdk.errors import ConfigError, PluginError
+from edgellm_sdk.federate.ledger import Ledger
 from edgellm_sdk.report import Meter, Report
 from edgellm_sdk.steps.step import Outcome
 from edgellm_sdk.types import Metric
@@ -86,8 +87,8 @@ def compare(
     """Compare `plugins` (comma-separated, at their defaults) and `arms` on `data` (comma-separated tasks).
 
     `budget` is in forwards, seconds, bytes both ways of all clients, or MB of memory; with `equal="memory"` every arm
-    trains for `seconds`, and one that needs more memory than the budget is out. Finished runs are kept when the same
-    comparison is started again.
+    trains for `seconds`. An arm whose first round needs more than the budget is out, with a note. Finished runs are
+    kept when the same comparison is started again.
     """
     asked = {
         "plugins": plugins, "model": model, "data": data, "equal": equal, "budget": budget, "seconds": seconds,
@@ -112,14 +113,11 @@ def compare(
                     where = folder / "runs" / f"{number}-{_slug(arm.name)}"
                     pilot = _train(arm, common | {"data": task, "rounds": PILOT_ROUNDS, "watch": 0}, where / "pilot")
                     progress.advance(1, f"{arm.name}: pilot")
-                    if equal == "memory" and pilot.peak_rss_bytes > budget * 2**20:
-                        report.notes.append(
-                            f"{arm.name} on {task} needs {pilot.peak_rss_bytes >> 20} MB and is out at {budget:g} MB"
-                        )
+                    rounds, needs = affordable(pilot, where / "pilot", equal, budget, seconds)
+                    if not rounds:
+                        report.notes.append(f"{arm.name} on {Path(task).name} needs {needs} and is out")
                         progress.advance(seeds)
                         continue
-                    limit = seconds if equal == "memory" else budget
-                    rounds = max(1, int(limit / _cost(pilot, "time" if equal == "memory" else equal)))
                     watch = max(1, rounds // POINTS)
                     for seed in range(seeds):
                         given = common | {"data": task, "rounds": rounds, "watch": watch, "seed": seed}
@@ -156,14 +154,33 @@ def _train(arm: Arm, given: Mapping[str, Any], folder: Path) -> Report:
     return Report.read(folder)
 
 
-def _cost(pilot: Report, equal: str) -> float:
-    """What one round costs: forwards, seconds, or bytes both ways."""
-    if equal == "forwards":
-        return pilot.metrics["forwards"].value / PILOT_ROUNDS
+def affordable(pilot: Report, folder: Path, equal: str, budget: float, seconds: float) -> tuple[int, str]:
+    """Rounds that the budget pays for, and what the first costs in words; 0 when that is too much.
+
+    Bytes may grow with the rounds, as those of a log do: the growth from the second round to the third goes on.
+    """
+    if equal == "memory":
+        if pilot.peak_rss_bytes > budget * 2**20:
+            return 0, f"{pilot.peak_rss_bytes >> 20} MB"
+        equal, budget = "time", seconds
     if equal == "bytes":
-        return sum(t["up"] + t["down"] for t in pilot.bytes.values()) / PILOT_ROUNDS
-    times = [x for x, _ in pilot.curves["training loss over seconds"]]
-    return max(1e-3, (times[-1] - times[0]) / (len(times) - 1))
+        each = [0.0] * PILOT_ROUNDS
+        for row in Ledger(folder / "ledger.jsonl").rows():
+            each[row["round"] - 1] += row["down"] + row["up"]
+        growth, rounds, spent = max(0.0, each[2] - each[1]), 0, each[0]
+        while spent <= budget:
+            rounds += 1
+            spent += each[1] + (rounds - 1) * growth
+        return rounds, f"{each[0]:.0f} bytes for a round"
+    if equal == "forwards":
+        cost = pilot.metrics["forwards"].value / PILOT_ROUNDS
+        return int(budget / cost), f"{cost:.0f} forwards for a round"
+    training = (
+        c for name, c in pilot.curves.items() if name.startswith("training ") and name.endswith(" over seconds")
+    )
+    times = [x for x, _ in next(training)]
+    cost = max(1e-3, (times[-1] - times[0]) / (len(times) - 1))
+    return int(budget / cost), f"{cost:.1f} s for a round"
 
 
 def interval(values: Sequence[float]) -> tuple[float, float, float]:

@@ -26,7 +26,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from edgellm_sdk import config, registry, settings
+from edgellm_sdk import companions, config, registry, settings
 from edgellm_sdk.config import nearest
 from edgellm_sdk.errors import ConfigError, EdgeLLMError
 from edgellm_sdk.report import Report
@@ -83,7 +83,7 @@ def _check(step: Mapping[str, Any], earlier: list[str]) -> list[str]:
     if not isinstance(options, dict):
         problems.append("options is not a table")
     elif isinstance(plugin, str) and plugin:
-        problems += _problems(lambda: config.build(registry.get(plugin, verb).plugin.config, options, plugin))
+        problems += _problems(lambda: companions.configs(registry.get(plugin, verb), _others(verb, step), options))
     subject = step.get(SUBJECT[verb], "")
     if isinstance(subject, str) and subject.startswith("@") and subject[1:] not in earlier:
         problems.append(f"{subject!r} names no earlier step{nearest(subject[1:], earlier)}")
@@ -91,6 +91,12 @@ def _check(step: Mapping[str, Any], earlier: list[str]) -> list[str]:
         problems.append(f"the first step needs {SUBJECT[verb]}")
     needed = [name for name in required if name not in (SUBJECT[verb], "output", *step)]
     return problems + [f"needs {name}" for name in needed]
+
+
+def _others(verb: str, step: Mapping[str, Any]) -> tuple[registry.Loaded, ...]:
+    """The plugins that a training step names beside its method."""
+    named = [str(step.get(name) or default) for name, default in (("device", "cpu"), ("aggregate", ""))]
+    return companions.of_training(*named) if verb == "finetune" else ()
 
 
 def _problems(check: Callable[[], object]) -> list[str]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from edgellm_sdk import config, models, registry, settings, store
+from edgellm_sdk import companions, config, models, registry, settings, store
 from edgellm_sdk.context import Context
 from edgellm_sdk.data import read
 from edgellm_sdk.errors import ConfigError
@@ -52,6 +52,8 @@ def finetune(
 
     `rounds` 0 means 100; `clients_per_round` 0 means all; `memory` is a budget in MB, 0 for none; every `watch` rounds
     the state is measured on held-out data (0: never). A stopped run goes on with `resume` and ends in the same bytes.
+    `options` are the method's; those of the `device` and of the plugin that aggregates are tables in it, under their
+    names: `{"rank": 4, "llama_cpp": {"contexts": 2}}`.
     """
     rounds = rounds or DEFAULT_ROUNDS
     asked: dict[str, Any] = {
@@ -60,10 +62,14 @@ def finetune(
         "task_prompt": task_prompt, "quorum": quorum, "watch": watch,
     }  # fmt: skip
     config.build(settings.Finetune, asked | {"memory": memory}, "finetune")
-    step = prepare("finetune", plugin, "finetune", asked, Path(output), seed, options or {})
-    plugins = [step.loaded, *([registry.get(aggregate, "aggregate")] if aggregate else [])]
-    defaults: dict[str, Any] = {p.plugin.name: config.build(p.plugin.config, {}, p.plugin.name) for p in plugins}
-    relay = Relay(plugins, defaults | {step.loaded.plugin.name: step.settings})
+    method = registry.get(plugin, "finetune")
+    others = companions.of_training(device, aggregate)
+    configs = companions.configs(method, others, options or {})
+    own, theirs = companions.separated(options or {}, others)
+    asked |= companions.flat(theirs, configs)
+    step = prepare("finetune", plugin, "finetune", asked, Path(output), seed, own)
+    plugins = [method, *([registry.get(aggregate, "aggregate")] if aggregate else [])]
+    relay = Relay(plugins, configs)
     if relay.answers("edgellm_aggregate") is None:
         raise ConfigError(f"{plugin!r} does not aggregate", "finetune", "add --aggregate fedavg")
     train, valid = training_data(data, task_prompt, balance, seed)
@@ -73,7 +79,7 @@ def finetune(
     if dry_run:
         return step.plan()
     handle = models.resolve(model)
-    if device.partition(":")[0] not in ("cpu", "cuda"):
+    if device.partition(":")[0] not in companions.TORCH:
         handle = models.as_file(handle, model)
     with step.own(resume) as done:
         if done is not None:

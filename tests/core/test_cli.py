@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from edgellm_sdk import page
 from edgellm_sdk.cli import main as cli
 from edgellm_sdk.cli import show
 from edgellm_sdk.cli.screen import size, table
@@ -20,6 +22,7 @@ from edgellm_sdk.report import Report
 from edgellm_sdk.types import Metric
 
 EDGELLM = (sys.executable, "-m", "edgellm_sdk.cli.main")
+TRAINING = ["finetune", "-p", "fwdllm", "-m", "x", "-d", "sms-spam", "-o", "y"]
 ROWS = "".join(
     json.dumps({"text": f"{text} {n}", "label": label}) + "\n"
     for n in range(10)
@@ -70,6 +73,13 @@ def data(tmp_path: Path) -> Path:
         (["eval", "none.gguf"], 2, "needs --data"),
         (["run", "none.toml", "--output", "x"], 3, "none.toml"),
         (["plugins", "info", "\x1b[31mred"], 4, "\\x1b[31mred"),
+        ([*TRAINING, "--device", "llama_cpp", "--llama-cpp-contxts", "2"], 3, "'contxts', did you mean 'contexts'?"),
+        ([*TRAINING, "--device", "llama.cpp", "--llama-cpp-contexts", "0"], 3, "contexts: 0 is outside 1..64"),
+        ([*TRAINING, "--device", "llama_cpp", "--contexts", "2"], 3, "did you mean 'llama-cpp-contexts'?"),
+        ([*TRAINING, "--device", "executorch", "--executorch-queries=x"], 3, "queries: 'x' is not a whole number"),
+        ([*TRAINING, "--llama-cpp-contexts", "2"], 3, "unknown option 'llama-cpp-contexts'"),
+        ([*TRAINING, "--device", "llama_cp"], 4, "did you mean 'llama-cpp'?"),
+        ([*TRAINING, "--device", "gguf"], 4, "no method can train on 'gguf'"),
         (["help", "exit-cods"], 2, "did you mean 'exit-codes'?"),
     ],
 )
@@ -132,6 +142,22 @@ def test_help_shows_bounds_units_and_choices(
     assert "(>= 1 examples; default 8)" in out
     assert "(seeds, tensors; default seeds)" in out
     assert "--no-sampling" in out
+
+
+def test_help_shows_the_options_of_the_device() -> None:
+    wide = {**os.environ, "COLUMNS": "220", "TERMINAL_WIDTH": "220"}
+    for words in (("--plugin", "fwdllm"), ()):
+        out = edgellm("finetune", *words, "--device", "llama_cpp", "--help", env=wide).stdout
+        assert "Options of llama_cpp" in out
+        (line,) = [line for line in out.splitlines() if "--llama-cpp-contexts" in line]
+        assert "(1..64; default 1)" in line
+        assert "--no-llama-cpp-mmap" in out
+    assert "--llama-cpp-contexts" not in edgellm("finetune", "--plugin", "fwdllm", "--help", env=wide).stdout
+
+
+def test_plugins_info_says_how_a_device_trains(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--device llama_cpp, options as --llama-cpp-NAME" in told(capsys, "plugins", "info", "llama_cpp")[1]
+    assert "in training" not in told(capsys, "plugins", "info", "gguf")[1]
 
 
 def test_every_verb_is_on_the_first_page(capsys: pytest.CaptureFixture[str]) -> None:
@@ -232,6 +258,49 @@ def test_dry_run_writes_nothing(
     assert report["options"]["rank"] == 4
     assert report["metrics"] == {}
     assert not (tmp_path / "out").exists()
+
+
+def test_options_of_the_device_as_typed_and_filed(
+    tiny_llama: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command line, a file and both: what counts is in the plan, the line wins over the file."""
+    words = ("finetune", "-p", "fwdllm", "-m", str(tiny_llama), "-d", str(data), "-o", str(tmp_path / "out"))
+    words = (*words, "--dry-run", "--json")
+    file = tmp_path / "settings.toml"
+    file.write_text('device = "llama_cpp"\n[options]\nrank = 4\n[options.llama_cpp]\ncontexts = 2\nthreads = 3\n')
+    typed = ("--device", "llama_cpp", "--llama-cpp-contexts", "5", "--no-llama-cpp-mmap")
+    for given, wanted, rank in (
+        (typed, {"contexts": 5, "mmap": False}, 16),
+        (("-c", str(file)), {"contexts": 2, "threads": 3}, 4),
+        (("-c", str(file), *typed), {"contexts": 5, "threads": 3, "mmap": False}, 4),
+    ):
+        code, out, err = told(capsys, *words, *given)
+        assert (code, err) == (0, "")
+        report = json.loads(out)
+        found = {name: value for name, value in report["config"].items() if name.startswith("llama_cpp_")}
+        assert found == {f"llama_cpp_{name}": value for name, value in wanted.items()}
+        assert report["options"]["rank"] == rank
+    again = shlex.split(page.command(Report.from_json(report)))
+    code, out, err = told(capsys, *again[1:], "-o", str(tmp_path / "out"), "--dry-run", "--json")
+    assert (code, err) == (0, "") and json.loads(out)["config"] == report["config"]
+    file.write_text("[options.llama_cpp]\ncontexts = 2\n")
+    code, out, err = told(capsys, *words, "-c", str(file))
+    assert (code, out) == (3, "") and "unknown option 'llama_cpp'" in err
+
+
+def test_options_of_the_plugin_that_aggregates(
+    tiny_llama: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from edgellm_sdk import config, registry
+
+    first = config.options(registry.get("fedavg").plugin.config)[0]
+    words = ("finetune", "-p", "lora", "-m", str(tiny_llama), "-d", str(data), "-o", str(tmp_path / "out"))
+    words = (*words, "--aggregate", "fedavg", "--dry-run", "--json")
+    code, out, err = told(capsys, *words, f"--fedavg{first.flag[1:]}", str(first.default))
+    assert (code, err) == (0, "")
+    assert json.loads(out)["config"][f"fedavg_{first.name}"] == first.default
+    code, _, err = told(capsys, *words, "--fedavg-nonsense", "1")
+    assert code == 3 and "unknown option 'nonsense'" in err
 
 
 def test_the_way_through_as_typed(tiny_llama: Path, data: Path, tmp_path: Path) -> None:

@@ -75,3 +75,28 @@ def test_three_ways_to_ask_one_answer(tmp_path: Path, capsys: pytest.CaptureFixt
     assert caught.value.what == wanted
     assert in_recipe.value.problems == (f"step 1: {wanted}",)
     assert not (tmp_path / "run").exists()
+
+
+def test_options_of_the_device_in_a_recipe_and_in_python(tmp_path: Path) -> None:
+    step = '[[step]]\nverb="finetune"\nplugin="fwdllm"\nmodel="m"\ndata="d"\ndevice="llama_cpp"\n'
+    (good,) = read(recipe(tmp_path, step + "options = { rank = 4, llama_cpp = { contexts = 2 } }\n"))
+    assert good["options"] == {"rank": 4, "llama_cpp": {"contexts": 2}}
+    bad = {"rnk": 4, "llama_cpp": {"contxts": 2, "threads": -1}}
+    problems = (
+        "unknown option 'rnk', did you mean 'rank'?",
+        "unknown option 'contxts', did you mean 'contexts'?",
+        "threads: -1 is outside 0..1024",
+    )
+    with pytest.raises(ConfigError) as caught:
+        read(recipe(tmp_path, step + "options = { rnk = 4, llama_cpp = { contxts = 2, threads = -1 } }\n"))
+    assert caught.value.problems == tuple(f"step 1: {problem}" for problem in problems)
+    with pytest.raises(ConfigError) as caught:
+        edgellm.finetune("fwdllm", "m", "sms-spam", tmp_path / "run", device="llama_cpp", options=bad)
+    assert caught.value.problems == problems and caught.value.exit_code == 3
+    for options, words in (("{ llama_cpp = 3 }", "options.llama_cpp: is not a table"),
+                           ("{ executorch = { queries = 2 } }", "unknown option 'executorch'")):  # fmt: skip
+        with pytest.raises(ConfigError, match=words):
+            read(recipe(tmp_path, step + f"options = {options}\n"))
+    with pytest.raises(ConfigError, match="no method can train on 'gguf'"):
+        read(recipe(tmp_path, step.replace("llama_cpp", "gguf")))
+    assert not (tmp_path / "run").exists()

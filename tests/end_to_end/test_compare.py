@@ -47,6 +47,22 @@ def test_equal_forwards(tiny_llama: Path, task: Path, tmp_path: Path) -> None:
     assert (tmp_path / "out" / "runs" / "1-one" / "0" / "report.json").stat().st_mtime_ns == before
 
 
+def test_equal_bytes_with_a_log_that_grows(tiny_llama: Path, task: Path, tmp_path: Path) -> None:
+    """MeZO's download grows by the same number of bytes in every round: the budget is met to within two rounds."""
+    cut = [Arm(arm.name, arm.plugin, {**arm.options, "steps": 8}) for arm in ARMS]
+    whole = Arm("adapters", "lora", {"layers": 0, "rank": 64, "steps": 1})
+    budget = 40_000
+    done = edgellm.compare(
+        "", str(tiny_llama), str(task), tmp_path / "out", arms=[*cut, whole], equal="bytes", budget=budget, seeds=1
+    )
+    table = done.report.tables[0]
+    place = table["columns"].index("bytes up and down")
+    assert [row[0] for row in table["rows"]] == ["one", "many"]
+    for row in table["rows"]:
+        assert budget - 2 * 5000 <= row[place] <= budget, "the last round costs up to 4 896 bytes"
+    assert [note for note in done.report.notes if "adapters" in note and "is out" in note]
+
+
 def test_arms_from_a_file_and_refusals(tiny_llama: Path, task: Path, tmp_path: Path) -> None:
     path = tmp_path / "arms.toml"
     path.write_text('[arms.slow]\nplugin = "mezo"\nlearning_rate = 0.001\n[arms.fzoo]\n')

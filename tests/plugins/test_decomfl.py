@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from edgellm_plugins.zeroth_order.decomfl import Config
-from edgellm_plugins.zeroth_order.decomfl.method import METHOD
+from edgellm_plugins.zeroth_order.decomfl.method import METHOD, kept_at
 from edgellm_plugins.zeroth_order.space import Follower
 from test_seed_methods import dataset
 
@@ -78,7 +78,7 @@ def test_averaging_scalars_averages_gradients(handle: ModelHandle, tmp_path: Pat
 def test_a_client_that_lost_its_history_says_so(handle: ModelHandle, tmp_path: Path) -> None:
     made = config()
     state, _, ctx = play(handle, tmp_path, made, [["a", "b"], ["a", "b"]])
-    (tmp_path / "clients" / "b.safetensors").unlink()
+    kept_at(tmp_path, "b").unlink()
     given = METHOD.assign(state, ["b"], made)["b"]
     with pytest.raises(ModelError, match="b has lost the scalars before step 3"):
         METHOD.finetune(handle, SHARDS["b"], given, made, ctx)
@@ -90,3 +90,10 @@ def test_a_client_that_lost_its_history_says_so(handle: ModelHandle, tmp_path: P
         {"scalars": {**good.scalars, "loss": None}},
     ]
     assert all(METHOD.screen([dataclasses.replace(good, **change)], state, made) for change in bad)
+
+
+@pytest.mark.parametrize("client", ["../../evil", "/tmp/evil", "a" * 300, "\u00e9 x"])
+def test_a_clients_name_is_no_path(tmp_path: Path, client: str) -> None:
+    """`--partition user` takes names from the data file."""
+    assert kept_at(tmp_path, client).parent == tmp_path / "clients"
+    assert len(kept_at(tmp_path, client).name) < 64 and kept_at(tmp_path, client) != kept_at(tmp_path, client + "x")

@@ -235,15 +235,21 @@ def test_reloading_resets_the_state(made: Made) -> None:
     assert float(Trainer(path, 0.01, EPS).state.abs().max()) == 0
 
 
-def test_noise_is_that_of_the_method_in_torch(made: Made) -> None:
-    """Direction k of step t is candidate t q + k of the pool, as `p-rge` draws it."""
-    from edgellm_plugins.zeroth_order.p_rge.method import directions
-
+def test_host_noise_is_a_function_of_seed_step_and_query(made: Made) -> None:
+    """Direction k of step t is the portable normal (seed, name, t q + k), each B transposed as the state has it."""
     trainer = Trainer(made("host"), 0.01, EPS, seed=77)
-    theta = {name: np.zeros(shape, np.float32) for name, shape in trainer.layout.shapes.items()}
+    drawn = []
     for step in (0, 3):
-        expected = [trainer.layout.pack(v) for v in directions(theta, 77, step, Q)]
-        assert np.array_equal(trainer.noise(step), np.stack(expected))
+        z = trainer.noise(step)
+        for k in range(Q):
+            for name, value in trainer.layout.unpack(z[k]).items():
+                expected = random.normal(random.key(77, name, step * Q + k), value.size)
+                assert np.array_equal(value.ravel(), expected)
+        drawn += [*z]
+    drawn += [*Trainer(made("host"), 0.01, EPS, seed=78).noise(0)]
+    correlation = np.corrcoef(np.stack(drawn))
+    assert np.abs(correlation - np.eye(len(drawn))).max() < 0.1
+    assert np.stack(drawn).std() == pytest.approx(1, abs=0.02)
 
 
 def test_the_objective_agrees_with_torch_and_trains(handle: ModelHandle, tmp_path: Path) -> None:
@@ -262,16 +268,18 @@ def test_the_objective_agrees_with_torch_and_trains(handle: ModelHandle, tmp_pat
         assert ours.measure(theta, dataset(7))[name].value == pytest.approx(metric.value, abs=1e-5)
 
     from edgellm_plugins.zeroth_order.p_rge import Config as PRGE
-    from edgellm_plugins.zeroth_order.p_rge import method as p_rge
+    from edgellm_plugins.zeroth_order.p_rge.method import METHOD as p_rge
 
-    settings = PRGE(layers=0, rank=4, steps=3, queries=2, batch=4, precision="float32", max_length=48)
+    settings = PRGE(layers=0, rank=4, steps=3, probes=2, batch_size=4, step=0.01, precision="float32", max_length=48)
     ends = []
     for device in ("executorch", "cpu"):
         run = replace(ctx, device=device, _kept={})
         state = p_rge.initialise(handle, settings, run)
-        given = p_rge.assign(state, ["a"], run)["a"]
+        given = p_rge.assign(state, ["a"], settings)["a"]
         state = p_rge.aggregate(state, [p_rge.finetune(handle, dataset(), given, settings, run)], settings, run)
-        ends.append(state.arrays)
+        follower = p_rge.follower(handle, settings, run)
+        follower.goto(p_rge.moves(state.arrays, state.scalars, settings), come_back=False)
+        ends.append(follower.space.theta)
     assert all(np.abs(ends[0][name] - ends[1][name]).max() < 1e-4 for name in ends[1])
     assert max(np.abs(value).max() for value in ends[0].values()) > 1e-3
 
@@ -296,6 +304,8 @@ def test_what_does_not_fit_is_refused_in_one_line(handle: ModelHandle, made: Mad
         Trainer(tmp_path / "broken.pte", 0.01)
     with pytest.raises(ConfigError, match="lora-fa"):
         Evaluator(handle, adapters.Spec("lora"), 32, Config(), Context(tmp_path))
+    with pytest.raises(ConfigError, match="rank: is the method's to choose"):
+        Evaluator(handle, adapters.Spec("lora-fa"), 32, Config(rank=8), Context(tmp_path))
 
 
 def test_layout_round_trip() -> None:

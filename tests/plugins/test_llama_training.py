@@ -14,18 +14,19 @@ from typing import Any
 import numpy as np
 import pytest
 from edgellm_hardware import cpu, llama_cpp
-from edgellm_plugins.export import gguf
+from edgellm_plugins.export import gguf, gguf_container
 from edgellm_plugins.zeroth_order import estimator
 
 import edgellm_sdk as edgellm
-from edgellm_sdk import gguf_file, models, store
+from edgellm_sdk import gate, gguf_file, models, store
+from edgellm_sdk.cli.main import main
 from edgellm_sdk.context import Context
 from edgellm_sdk.errors import ConfigError, DataError, DeviceError, ModelError
 from edgellm_sdk.kit import adapters, prompts
 from edgellm_sdk.kit.frozen import Frozen
 from edgellm_sdk.kit.objective import Objective, objective
 from edgellm_sdk.steps.delivery import open_session
-from edgellm_sdk.types import Arrays, Dataset, Example, ModelHandle
+from edgellm_sdk.types import Array, Arrays, Artifact, Dataset, Example, ModelHandle
 
 pytest.importorskip("llama_cpp")
 pytestmark = pytest.mark.llama
@@ -378,6 +379,118 @@ class TestWholeRun:
         place = runs["llama_cpp"].folder
         assert "model/adapter.gguf" in store.read_json(place / "MANIFEST.json")["files"]
         assert Path(store.read_json(place / "model/base.json")["path"]).name == "tiny.gguf"
+
+
+def toy(path: Path) -> Path:
+    """32 labelled texts as a JSONL file."""
+    texts = (("win a prize now", "spam"), ("mum is home", "ham"), ("call this number", "spam"), ("see you", "ham"))
+    rows = [{"text": f"{text} {i}", "label": label} for i in range(8) for text, label in texts]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@dataclasses.dataclass(frozen=True)
+class Personalised:
+    """A run over the quantised file `base`; `data` is what it was tuned on."""
+
+    base: Path
+    data: Path
+    folder: Path
+
+    @property
+    def handle(self) -> ModelHandle:
+        return models.resolve(str(self.folder))
+
+
+class TestThePersonalisedModelPassesTheGate:
+    """Trained over Q8_0 or Q4_1 blocks in llama.cpp, delivered as an adapter or merged."""
+
+    @pytest.fixture(scope="class", params=["q8_0", "q4_1"])
+    def run(
+        self, request: pytest.FixtureRequest, folder: Path, tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory
+    ) -> Personalised:
+        place = tmp_path_factory.mktemp(request.param)
+        data, base = toy(place / "my.jsonl"), folder / "small.gguf"
+        if request.param == "q4_1":
+            options = {"format": "q4_1"}
+            edgellm.compress("gptq", str(tiny_llama), place / "packed", data=str(data), options=options)
+            base = place / "base.gguf"
+            edgellm.export("gguf", str(place / "packed"), base, gate=False, options={"modelfile": False})
+        kinds = {info.type for info in gguf_file.read(base).tensors.values()}
+        assert request.param.upper() in kinds
+        options = {
+            "layers": 0, "rank": 4, "alpha": 8.0, "max_length": 64, "perturbations": 8, "tau": 1e9, "optimizer": "adam",
+            "learning_rate": 0.1, "targets": "q_proj,k_proj,down_proj", "llama_cpp": {"threads": 1, "contexts": 2},
+        }  # fmt: skip
+        edgellm.finetune(
+            "fwdllm", str(base), str(data), place / "run", rounds=20, device="llama_cpp", watch=0, options=options
+        )
+        return Personalised(base, data, place / "run")
+
+    @pytest.mark.parametrize("adapter", ["separate", "merge"])
+    def test_export_with_the_gate_on(self, adapter: str, run: Personalised, tmp_path: Path) -> None:
+        done = edgellm.export(
+            "gguf", str(run.folder), tmp_path / "out.gguf", data=str(run.data),
+            options={"adapter": adapter, "modelfile": False},
+        )  # fmt: skip
+        assert done.report.verified["passed"] and (tmp_path / "out.gguf").is_file()
+        assert {"kl mean", "top-1", "continuation"} <= {check["name"] for check in done.report.verified["checks"]}
+
+    def test_on_the_very_file_it_was_trained_over(self, run: Personalised, tmp_path: Path) -> None:
+        """`adapter.gguf` on the quantised base against torch on the decoded one; another adapter is caught."""
+        asked = tuple(row.prompt for row in dataset(4).examples)
+        for sign, name in ((1.0, "same"), (-1.0, "other")):
+            path = tmp_path / f"{name}.gguf"
+            file = gguf_file.read(run.folder / "model" / "adapter.gguf")
+            arrays: dict[str, Array] = {}
+            for key in file.tensors:
+                found = file.tensor_bytes(key).view(np.float32).reshape(file.tensors[key].shape[::-1])
+                arrays[key] = found * np.float32(sign if key.endswith("lora_b") else 1)
+            plan = [gguf_container.Planned(key, array.shape, "F32") for key, array in arrays.items()]
+            about = {
+                "general.type": gguf_container.Value("string", "adapter"),
+                "general.architecture": gguf_container.Value("string", "llama"),
+                "adapter.type": gguf_container.Value("string", "lora"),
+                "adapter.lora.alpha": gguf_container.Value("f32", 4.0),
+            }
+            gguf_container.write(path, about, plan, arrays.items())
+            artifact = Artifact((path,), ("",), "gguf", "llama_cpp", run.handle.digest, {"kind": "adapter"})
+            result = gate.verify_export(
+                run.handle, artifact, Context(tmp_path, threads=1), asked, gate.BLOCKS, base=run.base
+            )
+            assert result.passed == (name == "same"), result.reason
+        checks = {check.name: check for check in result.checks}
+        assert not checks["kl mean"].passed
+
+    def test_it_loads_in_peft_with_the_same_logits(self, run: Personalised) -> None:
+        """Sheet check 9, on the decoded base."""
+        import torch
+        from peft import PeftModel
+
+        handle = run.handle
+        session = cpu.edgellm_deploy(handle, "cpu", cpu.Config(), Context(run.folder, threads=1))
+        ids = session.prompt_ids(({"role": "user", "content": "win a prize now"},))
+        expected = session.logits([ids], [0])[0]
+        plain = dataclasses.replace(handle, adapters=()).load(dtype="float32").model
+        with torch.no_grad():
+            before = plain(torch.tensor([ids])).logits[0].numpy().copy()
+            tuned = PeftModel.from_pretrained(plain, str(run.folder / "model")).eval()
+            found = tuned(torch.tensor([ids])).logits[0].numpy()
+        session.close()
+        assert np.abs(found - expected).max() <= 1e-5 and np.abs(before - expected).max() > 0.1
+
+
+def test_options_of_the_device_reach_the_engine(folder: Path, tmp_path: Path) -> None:
+    """From the command line: a context too short for the texts is the engine's to refuse; what training fixes, ours."""
+    words = ["finetune", "-p", "fwdllm", "-m", str(folder / "tiny.gguf"), "-d", str(toy(tmp_path / "my.jsonl"))]
+    words += ["--device", "llama_cpp", "--rounds", "1", "--watch", "0", "--quiet", "--layers", "1"]
+    for number, (option, value, code) in enumerate(
+        (("context", "16", 8), ("contexts", "2", 0), ("cache", "f32", 3), ("adapters", "x.gguf", 3))
+    ):
+        flags = [f"--llama-cpp-{option}", value, "--llama-cpp-threads", "1", "--output", str(tmp_path / str(number))]
+        with pytest.raises(SystemExit) as left:
+            main([*words, *flags])
+        assert (left.value.code or 0) == code, option
 
 
 def test_eval_takes_the_run_on_either_device(folder: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -378,3 +379,29 @@ def test_an_engine_that_draws_its_own_a_is_not_given_another(handle: ModelHandle
     ctx.keep(f"objective {handle.digest}", object)  # stands for an engine's objective: nothing of it is used
     with pytest.raises(ConfigError, match="draws its own A"):
         method.initialise(handle, Config(gradient="zeroth", init="gaussian"), ctx)
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_the_cosine_to_the_gradient_grows_with_the_probes(handle: ModelHandle, tmp_path: Path, seed: int) -> None:
+    """Mean of 20 steps: sqrt(n / (n + d + 1)) within 0.06 for n = 1 .. 256 directions in d = 32 dimensions."""
+    config = Config(rank=1, layers=1, targets="k_proj", gradient="zeroth", step=0.01, precision="float32")
+    ctx, data = context(tmp_path, config, seed=seed), dataset(4)
+    found: Any = method._objective(handle, config, ctx)
+    found.share = 32  # candidates a call: for speed alone
+    stream = Stream(2, "b")
+    b = {name: stream.normal(v.size).reshape(v.shape) * np.float32(0.1) for name, v in found.initial.items()}
+    ((name, value),) = b.items()
+    exact, rough = backprop.leaves_of(b), backprop.leaves_of(b)
+    backprop.exact_slope(found, 16)(0, "x", lambda: data, exact)
+    assert exact[name].grad is not None
+    means: list[float] = []
+    for n in (1, 4, 16, 64, 256):
+        slope = method.zeroth_slope(found, replace(config, probes=n), "a", ctx)
+        cosines = []
+        for step in range(20):
+            slope(step, "x", lambda: data, rough)
+            one, two = (leaves[name].grad.flatten() for leaves in (exact, rough))  # type: ignore[union-attr]
+            cosines.append(float(F.cosine_similarity(one, two, dim=0)))
+        means.append(float(np.mean(cosines)))
+        assert means[-1] == pytest.approx((n / (n + value.size + 1)) ** 0.5, abs=0.06)
+    assert means == sorted(means) and len(set(means)) == 5

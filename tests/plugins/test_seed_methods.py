@@ -3,119 +3,45 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from edgellm_plugins.zeroth_order import differences, fzoo, lozo, mezo, sparse_mezo
-from edgellm_plugins.zeroth_order.fzoo import method as fzoo_method
-from edgellm_plugins.zeroth_order.lozo import method as lozo_method
+from edgellm_plugins.zeroth_order import differences
 from edgellm_plugins.zeroth_order.mezo import method as mezo_method
-from edgellm_plugins.zeroth_order.options import Options
 from edgellm_plugins.zeroth_order.samplers import Dense, LowRank
-from edgellm_plugins.zeroth_order.space import Follower, Full, Small
-from edgellm_plugins.zeroth_order.sparse_mezo import method as sparse_method
-from edgellm_plugins.zeroth_order.trajectory import Log, SeedMethod, move
+from edgellm_plugins.zeroth_order.space import Follower, Full
+from edgellm_plugins.zeroth_order.trajectory import Log, move, rate_at
+from seed_method_cases import (
+    BOTH,
+    METHODS,
+    TRAINS,
+    context,
+    dataset,
+    encoded,
+    no_data,
+    one_round,
+    options,
+    samplers,
+    snapshot,
+    vector,
+)
 
 from edgellm_sdk import models
-from edgellm_sdk.context import Context
+from edgellm_sdk.config import build
 from edgellm_sdk.errors import ConfigError, ModelError
-from edgellm_sdk.kit import noise, prompts
+from edgellm_sdk.kit import noise
 from edgellm_sdk.kit.noise import Move
 from edgellm_sdk.kit.whole import Whole
-from edgellm_sdk.types import Dataset, Example, ModelHandle, State, Update
-
-METHODS: dict[str, tuple[Any, SeedMethod]] = {
-    "mezo": (mezo.Config, mezo_method.METHOD),
-    "fzoo": (fzoo.Config, fzoo_method.METHOD),
-    "lozo": (lozo.Config, lozo_method.METHOD),
-    "sparse-mezo": (sparse_mezo.Config, sparse_method.METHOD),
-}
-
-
-def dataset(n: int = 16) -> Dataset:
-    words = ["win a prize now", "mum is home", "call this number", "see you at dinner"]
-    rows = [
-        Example(({"role": "user", "content": f"{words[i % 4]} {i}"},), ("spam", "ham")[i % 2], ("spam", "ham")[i % 2])
-        for i in range(n)
-    ]
-    return Dataset(tuple(rows), f"fingerprint-{n}", "toy", ("ham", "spam"))
+from edgellm_sdk.types import ModelHandle
 
 
 @pytest.fixture(scope="module")
 def handle(tiny_llama: Path) -> ModelHandle:
     return models.resolve(str(tiny_llama))
-
-
-def options(name: str, **changes: Any) -> Options:
-    settings = {"layers": 1, "rank": 4, "steps": 3, "batch_size": 4, "precision": "float32", "step": 0.01}
-    made: Options = METHODS[name][0](**settings | changes)
-    return made
-
-
-def context(folder: Path, config: Options, name: str, rounds: int = 4) -> Context:
-    return Context(folder, seed=7, rounds=rounds, configs={name: config})
-
-
-def one_round(
-    name: str, handle: ModelHandle, state: State, shards: dict[str, Dataset], config: Options, ctx: Context
-) -> tuple[State, list[Update]]:
-    method = METHODS[name][1]
-    given = method.assign(state, sorted(shards), config)
-    updates = [method.finetune(handle, shards[c], given[c], config, ctx) for c in sorted(shards)]
-    assert method.screen(updates, state, config) == {}
-    return method.aggregate(state, updates, config, ctx), updates
-
-
-# --- a space that is one vector, so that losses can be anything
-
-
-class Vector:
-    """theta is one vector and the loss any function of it."""
-
-    def __init__(self, loss: Callable[[np.ndarray], float], start: np.ndarray, sampler: Any) -> None:
-        self.loss, self.theta, self.start, self.sampler = loss, start.copy(), start, sampler
-
-    def losses(self, name: str, make: Callable[[], Dataset], points: Sequence[tuple[int, float]]) -> np.ndarray:
-        z = {seed: self.sampler.draw("x", self.theta, seed).astype(np.float64) for seed, _ in points}
-        return np.array([self.loss(self.theta + c * z[seed]) for seed, c in points])
-
-    def step(self, made: Move) -> None:
-        self.sampler.move("x", torch.from_numpy(self.theta), made)
-
-    def __getattr__(self, name: str) -> Any:
-        raise AttributeError(name)
-
-
-def vector(loss: Callable[[np.ndarray], float], d: int, kind: str = "gaussian") -> Vector:
-    return Vector(loss, np.zeros(d, np.float32), Dense(kind, {"x": (d,)}))
-
-
-def no_data() -> Dataset:
-    raise AssertionError("not needed")
-
-
-def test_moments_of_the_estimate_on_a_linear_loss() -> None:
-    """mezo.md check 1: E|g|^2 = (d + n + 1) / n |v|^2 and |mean - v| / |v| = sqrt((d + 1) / (n draws))."""
-    d, draws = 1000, 2000
-    v = np.random.default_rng(0).normal(size=d)
-    v /= np.linalg.norm(v)
-    space = vector(lambda x: float(v @ x), d)
-    for n in (1, 10):
-        total, squares = np.zeros(d), []
-        for k in range(draws // n):
-            seeds = list(range(k * n, k * n + n))
-            scalars = differences.central(1e-2)(space, "b", no_data, seeds).scalars  # type: ignore[arg-type]
-            g = sum(
-                s * noise.take("gaussian", seed, "x", d).astype(float) for s, seed in zip(scalars, seeds, strict=True)
-            )
-            total += g
-            squares.append(float(g @ g))
-        assert np.mean(squares) == pytest.approx((d + n + 1) / n, rel=0.05)
-        assert np.linalg.norm(total / len(squares) - v) == pytest.approx(((d + 1) / draws) ** 0.5, rel=0.1)
 
 
 def test_fzoo_does_not_see_the_scale_of_the_loss_and_its_step_has_the_stated_length() -> None:
@@ -145,15 +71,6 @@ def test_bad_losses_are_dropped_and_equal_ones_move_nothing() -> None:
     log = Log()
     log.append([1, 2, 3], still.scalars.tolist(), 0.1)
     assert len(log) == 1 and move(log, 0, options("fzoo")).seeds == ()
-
-
-def test_n_directions_are_the_mean_of_single_ones() -> None:
-    """mezo.md check 7."""
-    v = np.random.default_rng(0).normal(size=50)
-    space = vector(lambda x: float(np.sin(x + v).sum()), 50)
-    together = differences.central(0.01)(space, "b", no_data, [5, 6, 7, 8]).scalars  # type: ignore[arg-type]
-    apart = [differences.central(0.01)(space, "b", no_data, [s]).scalars[0] / 4 for s in (5, 6, 7, 8)]  # type: ignore[arg-type]
-    np.testing.assert_allclose(together, apart, rtol=1e-6)
 
 
 @pytest.mark.parametrize("rule", ["momentum", "adam"])
@@ -205,20 +122,6 @@ def test_low_rank_directions_moves_and_momentum() -> None:
 
 
 # --- whole models
-
-
-def encoded(whole: Whole) -> list[prompts.Encoded]:
-    return prompts.encode(whole.tokenizer, dataset(6).examples, 64)
-
-
-def samplers(whole: Whole) -> list[Any]:
-    shapes = whole.shapes
-    return [
-        Dense("gaussian", shapes),
-        Dense("rademacher", shapes, share=0.5),
-        Dense("gaussian", shapes, limits={name: 0.02 for name, shape in shapes.items() if len(shape) > 1}),
-        LowRank(2, shapes, 3, 10),
-    ]
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -284,8 +187,7 @@ def test_evaluations_leave_no_trace(handle: ModelHandle, dtype: str) -> None:
     assert torch.equal(generator, torch.get_rng_state())
 
 
-@pytest.mark.parametrize("name", list(METHODS))
-@pytest.mark.parametrize("train", ["full", "lora-fa"])
+@pytest.mark.parametrize("name, train", [(name, train) for name in METHODS for train in TRAINS.get(name, BOTH)])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_the_log_rebuilds_theta_bit_for_bit(
     handle: ModelHandle, tmp_path: Path, name: str, train: str, precision: str
@@ -357,12 +259,6 @@ def test_a_round_is_the_mean_of_its_clients_models(handle: ModelHandle, tmp_path
     assert late.space.digest() == follower.space.digest()
 
 
-def snapshot(space: Any) -> dict[str, np.ndarray]:
-    if isinstance(space, Small):
-        return {name: value.copy() for name, value in space.theta.items()}
-    return {name: parameter.numpy().copy() for name, parameter in space.whole.parameters.items()}
-
-
 def test_refusals(handle: ModelHandle, tmp_path: Path) -> None:
     config = options("mezo")
     ctx = context(tmp_path, config, "mezo")
@@ -406,3 +302,84 @@ def test_a_whole_model_learns_and_comes_out_as_a_model(handle: ModelHandle, tmp_
     fresh = Whole(tuned, "float32", max_length=128)
     assert fresh.measure(dataset())["validation loss"].value == pytest.approx(after, rel=1e-5)
     assert all(torch.equal(fresh.parameters[n], p) for n, p in space.whole.parameters.items())  # type: ignore[attr-defined]
+
+
+# --- settings that would train something else than they say
+
+
+@pytest.mark.parametrize("train", ["lora", "lora-fa"])
+def test_sparse_mezo_refuses_tensors_that_start_at_zero(handle: ModelHandle, tmp_path: Path, train: str) -> None:
+    """Their smallest weights are all of them, at 0, and nothing would move after the first step."""
+    config = options("sparse-mezo", train=train)
+    with pytest.raises(ConfigError, match=r"lora_B starts at 0"):
+        METHODS["sparse-mezo"][1].initialise(handle, config, context(tmp_path, config, "sparse-mezo"))
+
+
+@pytest.mark.parametrize("train", ["full", "layers"])
+def test_sparse_mezo_goes_on_moving(handle: ModelHandle, tmp_path: Path, train: str) -> None:
+    config = options("sparse-mezo", train=train, steps=6, step=1e-3, learning_rate=1e-3)
+    ctx = context(tmp_path, config, "sparse-mezo")
+    state = METHODS["sparse-mezo"][1].initialise(handle, config, ctx)
+    _, (update,) = one_round("sparse-mezo", handle, state, {"a": dataset()}, config, ctx)
+    assert (np.abs(update.arrays["scalar"]) > 0).all()
+
+
+@pytest.mark.parametrize(
+    "name, changes, reason",
+    [
+        ("mezo", {"rule": "momentum"}, "rule momentum"),
+        ("mezo", {"weight_decay": 0.1}, "weight decay"),
+        ("lozo", {"momentum": 0.5}, "momentum"),
+        ("sparse-mezo", {"train": "full"}, "steps above 1"),
+    ],
+)
+def test_several_clients_are_refused_where_their_steps_do_not_add_up(
+    handle: ModelHandle, tmp_path: Path, name: str, changes: dict[str, Any], reason: str
+) -> None:
+    config = options(name, **changes)
+    method = METHODS[name][1]
+    state = method.initialise(handle, config, context(tmp_path, config, name))
+    assert set(method.assign(state, ["a"], config)) == {"a"}
+    with pytest.raises(ConfigError, match=f"only for plain steps.*{reason}"):
+        method.assign(state, ["a", "b"], config)
+
+
+@pytest.mark.parametrize(
+    "name, changes, message",
+    [
+        ("lozo", {"rule": "adam"}, "use --momentum"),
+        ("lozo", {"share": 0.5}, "moves every layer"),
+        ("mezo", {"step": 1e-12}, "difference of losses is rounding"),
+        ("mezo", {"learning_rate": 1e300}, "learning"),
+    ],
+)
+def test_settings_out_of_bounds(name: str, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as found:
+        build(METHODS[name][0], changes, name)
+    assert found.value.exit_code == 3
+
+
+def test_the_warm_up_begins_with_a_step(handle: ModelHandle, tmp_path: Path) -> None:
+    """Half of 4 rounds of 3 steps warms up: 1/6, 2/6 .. 6/6 of eta alone, 1/2 and 1 in rounds of several."""
+    config = options("mezo", warmup=0.5, learning_rate=0.6)
+    ctx = context(tmp_path, config, "mezo")
+    alone = [rate_at(r, i, config, ctx) for r in (1, 2, 3) for i in range(3)]
+    assert alone == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.6, 0.6, 0.6], rel=1e-6)
+    assert [rate_at(r, None, config, ctx) for r in (1, 2, 3, 4)] == pytest.approx([0.3, 0.6, 0.6, 0.6], rel=1e-6)
+
+
+def test_a_log_in_bytes(handle: ModelHandle, tmp_path: Path) -> None:
+    """mezo.md check 5: 12 bytes a step at one direction; what is read back is what was written, alike or not."""
+    log = Log()
+    for t in range(1000):
+        log.append([t], [0.5], 0.25)
+    arrays = log.arrays()
+    assert sum(array.nbytes for array in arrays.values()) <= 12 * 1000 + 12
+    assert Log.of(arrays) == log
+    log.append([7, 8], [0.0, 1.0], 0.25)
+    log.append([], [], 0.5)
+    log.append([9], [2.0], 0.5)
+    arrays = log.arrays()
+    assert arrays["groups"].tolist() == [1000, 1, 1, 1] and arrays["size"].tolist() == [1, 2, 0, 1]
+    assert Log.of(arrays) == log and Log.of(Log().arrays()) == Log()
+    assert log.group(1000) == ([7, 8], [0.0, 1.0]) and log.group(1001) == ([], [])

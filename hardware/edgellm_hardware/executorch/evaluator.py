@@ -21,6 +21,8 @@ from edgellm_sdk.errors import ConfigError, DataError
 from edgellm_sdk.kit import adapters, loading, prompts, scoring
 from edgellm_sdk.types import Array, Arrays, Dataset, Float32, Metric, ModelHandle
 
+METHODS = ("noise", "tokens", "rank", "alpha", "layers", "targets", "verify")
+"""Options of an exported program that an evaluation takes from the method, or has no use for."""
 Slot = tuple[int, int, int]
 """(row of the batch, column of what predicts, token to score)."""
 
@@ -32,6 +34,9 @@ class Evaluator:
         check_installed()
         if spec.kind != "lora-fa":
             raise ConfigError(f"{spec.kind} cannot be trained on executorch", "train", "use lora-fa")
+        for name in METHODS:
+            if getattr(config, name) != getattr(Config(), name):
+                raise ConfigError(f"{name}: is the method's to choose in training", "executorch", "leave it out")
         self.shape = Shape(config.queries, config.batch, max_length, config.labels)
         self.tokenizer = loading.load_tokenizer(model)
         _, self.trainables, llama = prepared(model, spec, max_length, ctx)

@@ -93,8 +93,7 @@ class Trainer:
     """A training program with its state. `eps` and `eta` as in `program`; `eps` stays what it is for the whole run.
 
     `seed` gives the noise of a `host` program: direction k of step t is the portable normal of
-    (seed, tensor name, t * q + k), the same numbers as the plugin `p-rge` draws from its pool. A `graph` program draws
-    its own, and the runtime seeds it from the machine.
+    (seed, tensor name, t * q + k). A `graph` program draws its own, and the runtime seeds it from the machine.
     """
 
     def __init__(self, program: Path, learning_rate: float, step: float = 0.01, seed: int = 0) -> None:

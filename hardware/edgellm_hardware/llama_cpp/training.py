@@ -47,6 +47,7 @@ MODULES = {  # of a decoder layer, in the order in which torch finds them
     "mlp.down_proj": "ffn_down",
 }
 KINDS = ("lora", "lora-fa")
+TRAINING = {"adapters": "its own", "batch": "whole minibatches", "cache": "f32, so that losses repeat"}
 KEPT_BATCHES = 1024  # token ids of so many batches are kept
 _CONTROL, _USER_DEFINED = 3, 4
 
@@ -120,6 +121,10 @@ class Perturbed:
         if spec.kind not in KINDS:
             what = f"llama.cpp adds a LoRA to a GGUF file, not {spec.kind!r}"
             raise ConfigError(what, "train", f"use {' or '.join(KINDS)}, or --device cpu")
+        for name in ("adapters", "batch", "cache"):
+            if getattr(config, name) != getattr(Config(), name):
+                fix = f"leave it out: training uses {TRAINING[name]}"
+                raise ConfigError(f"{name}: cannot be chosen in training", "llama_cpp", fix)
         if model.format != "gguf" or model.adapters:
             raise ModelError("llama_cpp trains over GGUF files", str(model.path), "give the .gguf file as --model")
         self._spec, self._max_length, self._contexts = spec, max_length, config.contexts

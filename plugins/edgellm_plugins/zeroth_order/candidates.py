@@ -10,7 +10,8 @@ Pro draws seed j with p = softmax of its mean |g|, clipped at 1000 and scaled to
 Where we differ from the published code (and why):
 - Every client rebuilds its model from theta_0 and what it was sent; the code rebuilds once on the server.
 - All K terms are summed in float32 before they touch a weight, so K small additions cost no bits.
-- The mean |g| of a seed is over what was reported, with no initial zero; a seed never used counts as 0.
+- The mean |g| of a seed is over what was reported, with no initial zero and without left-out steps; a seed never used
+  counts as 0.
 - The index of each g is not sent: it is drawn from a stream that both sides know.
 """
 
@@ -31,7 +32,7 @@ from edgellm_plugins.zeroth_order.samplers import Dense
 from edgellm_plugins.zeroth_order.trajectory import sgd
 from edgellm_sdk import random
 from edgellm_sdk.context import Context
-from edgellm_sdk.errors import DataError
+from edgellm_sdk.errors import DataError, ModelError
 from edgellm_sdk.kit.noise import Move
 from edgellm_sdk.types import Array, Assignment, Dataset, Float32, ModelHandle, State, Update
 
@@ -73,7 +74,7 @@ class CandidateMethod(SpaceMethod):
         return [made] if made.seeds else []
 
     def initialise(self, model: ModelHandle, options: Candidates, ctx: Context) -> State:
-        noise = self.follower(model, options, ctx).space.sampler.id
+        noise = self.noise(model, options, ctx)
         master = int(ctx.stream("candidates").seeds(1)[0]) >> 1
         zeros = np.zeros(options.seeds, np.float32)
         arrays = {"sums": zeros} | ({"magnitudes": zeros, "uses": zeros} if self.weighted else {})
@@ -92,13 +93,15 @@ class CandidateMethod(SpaceMethod):
         if not len(data):
             raise DataError("has no examples", assignment.client)
         follower, noise = self.checked(model, assignment, options, ctx)
+        if any(array.shape != (options.seeds,) for array in assignment.arrays.values()):
+            raise ModelError(
+                f"the log is not one of {options.seeds} seeds", assignment.client, "use the server's --seeds"
+            )
         follower.goto(
             self.moves(assignment.arrays, assignment.scalars, options), come_back=assignment.scalars["several"]
         )
         seeds = candidate_seeds(assignment.scalars["master"], options.seeds)
-        weights = assignment.arrays["p"].astype(np.float64) if self.weighted else np.ones(options.seeds)
-        stream = ctx.stream(f"candidates/{assignment.client}", assignment.round)
-        chosen = draw(weights, stream.uniform(options.steps))
+        chosen = self.chosen(assignment.arrays, assignment.client, assignment.round, options, ctx)
         estimate, found = differences.central(options.step), []
         for i, j in enumerate(chosen.tolist()):
             number = (assignment.round - 1) * options.steps + i
@@ -140,7 +143,7 @@ class CandidateMethod(SpaceMethod):
             for update in updates:
                 size = np.minimum(np.abs(update.arrays["scalar"][:, 0].astype(np.float64)), CLIP)
                 np.add.at(magnitudes, index[update.client], size)
-                np.add.at(uses, index[update.client], np.float32(1))
+                np.add.at(uses, index[update.client], (size > 0).astype(np.float32))
             arrays = {"magnitudes": magnitudes.astype(np.float32), "uses": uses}
         arrays["sums"] = sums.astype(np.float32)
         return State(state.base, number, arrays, advanced(state, updates, options.steps, ctx), state.cohort + 1)

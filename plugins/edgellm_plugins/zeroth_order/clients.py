@@ -17,10 +17,11 @@ from edgellm_plugins.zeroth_order.options import Small as SmallOptions
 from edgellm_plugins.zeroth_order.samplers import Sampler
 from edgellm_plugins.zeroth_order.space import Follower, Full, Small, Space
 from edgellm_sdk.context import Context
-from edgellm_sdk.errors import DataError, ModelError
+from edgellm_sdk.errors import ConfigError, DataError, ModelError
 from edgellm_sdk.kit import adapters
 from edgellm_sdk.kit.noise import Move
 from edgellm_sdk.kit.objective import Objective, objective
+from edgellm_sdk.kit.scoring import LOSS, Goal
 from edgellm_sdk.kit.whole import Whole
 from edgellm_sdk.types import Array, Assignment, Dataset, Metric, ModelHandle, Session, State, Update
 
@@ -29,8 +30,9 @@ COUNTS = ("forwards", "dropped")
 
 @dataclass(frozen=True)
 class Probe:
-    """An estimate: `scalars` (n,) float32, so that g = sum_k scalars_k z_k; the mean `loss` seen; `forwards` paid;
-    `dropped` probes whose losses were not finite, whose scalars are 0."""
+    """An estimate: `scalars` (n,) float32, so that g = sum_k scalars_k z_k; the mean `loss` seen (of whatever is
+    minimised: minus the score where that is one); `forwards` paid; `dropped` probes whose losses were not finite, whose
+    scalars are 0."""
 
     scalars: Array
     loss: float
@@ -46,7 +48,7 @@ class SpaceMethod(ABC):
     sampler: Callable[[Mapping[str, Tensor], Any, Context, str], Sampler]
 
     @abstractmethod
-    def moves(self, arrays: Mapping[str, Array], scalars: Mapping[str, Any], options: Any) -> list[Move]:
+    def moves(self, arrays: Mapping[str, Array], scalars: Mapping[str, Any], options: Any) -> Sequence[Move]:
         """From theta_0 to the theta of a state or an assignment."""
 
     @abstractmethod
@@ -70,7 +72,9 @@ class SpaceMethod(ABC):
     def screen(self, updates: Sequence[Update], state: State, options: Any) -> dict[str, str]:
         """Reject what cannot be replayed, or is not what was asked for."""
         reasons = {}
-        expected = {name: (np.dtype(np.float32), shape) for name, shape in self.expected(options).items()}
+        shape = self.expected(options)["scalar"]
+        most = 2 * math.prod(shape) + shape[0]  # two forwards a direction, or one and a shared one
+        expected = {name: (np.dtype(np.float32), size) for name, size in self.expected(options).items()}
         for update in updates:
             found = {name: (array.dtype, array.shape) for name, array in update.arrays.items()}
             counts, loss = [update.scalars.get(name) for name in COUNTS], update.scalars.get("loss")
@@ -78,7 +82,7 @@ class SpaceMethod(ABC):
                 reasons[update.client] = f"seeds of noise {update.rng[:40]!r} cannot be replayed"
             elif found != expected:
                 reasons[update.client] = "does not carry the arrays it was asked for"
-            elif any(type(count) is not int or not 0 <= count <= 1 << 40 for count in counts):
+            elif any(type(count) is not int or not 0 <= count <= most for count in counts):
                 reasons[update.client] = "claims an impossible number of forwards"
             elif not isinstance(loss, float) or not math.isfinite(loss):
                 reasons[update.client] = "claims an impossible loss"
@@ -90,16 +94,30 @@ class SpaceMethod(ABC):
     def space(self, model: ModelHandle, options: Any, ctx: Context) -> Space:
         """theta_0, on the device, with the method's directions."""
         if options.train == "full":
-            whole = Whole(model, options.precision, ctx.device, options.max_length)
+            on_torch(ctx)
+            whole = Whole(model, options.precision, ctx.device, options.max_length, self.goal(options))
             return Full(whole, self.sampler(whole.parameters, options, ctx, ctx.device))
-        live = small_objective(model, options.train, options, ctx)
+        live = small_objective(model, options.train, options, ctx, self.share(options), self.goal(options))
         theta = {name: torch.from_numpy(np.array(value)) for name, value in live.initial.items()}
         return Small(live, self.sampler(theta, options, ctx, "cpu"))
+
+    def noise(self, model: ModelHandle, options: Any, ctx: Context) -> str:
+        """Names all that seeds and scalars depend on: the sampler and what it kept of theta_0, and the run's seed, from
+        which both sides draw what is never sent."""
+        return f"{self.follower(model, options, ctx).space.sampler.id}/run {ctx.stream('log').key & 0xFFFFFFFF:08x}"
+
+    def goal(self, options: Any) -> Goal:
+        """What is minimised."""
+        return LOSS
+
+    def share(self, options: Any) -> int:
+        """Candidates of a small set in one call; 0 leaves it to the objective."""
+        return 0
 
     def checked(self, model: ModelHandle, assignment: Assignment, options: Any, ctx: Context) -> tuple[Follower, str]:
         """The live model and its noise; ModelError when the assignment belongs to another model or noise."""
         follower = self.follower(model, options, ctx)
-        noise, theirs = follower.space.sampler.id, str(assignment.scalars.get("noise"))
+        noise, theirs = self.noise(model, options, ctx), str(assignment.scalars.get("noise"))
         if assignment.base != model.digest:
             raise ModelError("the log belongs to another base model", assignment.client)
         if theirs != noise:
@@ -109,7 +127,7 @@ class SpaceMethod(ABC):
     def measure(
         self, subject: Session | State, data: Dataset, options: Any, ctx: Context
     ) -> Mapping[str, Metric] | None:
-        """Loss and, for labelled data, balanced accuracy of theta in the middle of a run."""
+        """Loss, for labelled data balanced accuracy, and the text score that is trained, in the middle of a run."""
         live = next((kept for name, kept in ctx.kept("follower ")), None)
         if not isinstance(subject, State) or not isinstance(live, Follower):
             return None
@@ -119,7 +137,16 @@ class SpaceMethod(ABC):
     def personalise(self, model: ModelHandle, state: State, folder: Path, options: Any, ctx: Context) -> ModelHandle:
         follower = self.follower(model, options, ctx)
         follower.goto(self.moves(state.arrays, state.scalars, options), come_back=False)
+        if not follower.space.finite():
+            raise ModelError("training ended in numbers that are not finite", model.name, "lower the learning rate")
         return follower.space.write(folder, model)
+
+
+def on_torch(ctx: Context) -> None:
+    """ConfigError unless the run's device is torch's."""
+    if ctx.device.partition(":")[0] not in ("cpu", "cuda"):
+        fix = "use --device cpu, or train a small set of tensors"
+        raise ConfigError(f"{ctx.device} evaluates adapters only, not whole models", "device", fix)
 
 
 def update_of(
@@ -138,11 +165,16 @@ def update_of(
     return Update(assignment.base, assignment.round, assignment.client, "seeds", arrays, examples, noise, told)
 
 
-def advanced(state: State, updates: Sequence[Update], steps: int, ctx: Context) -> dict[str, Any]:
-    """The state's scalars after a round of `steps` local steps, and the curves of its training loss."""
+def advanced(state: State, updates: Sequence[Update], steps: int, ctx: Context, goal: Goal = LOSS) -> dict[str, Any]:
+    """The state's scalars after a round of `steps` local steps, and the curves of its training loss or score."""
     counts = {name: state.scalars[name] + sum(update.scalars[name] for update in updates) for name in COUNTS}
     loss = float(np.mean([update.scalars["loss"] for update in updates]))
-    ctx.trained(state.round + 1, counts["forwards"], loss)
+    if goal.name == "loss":
+        ctx.trained(state.round + 1, counts["forwards"], loss)
+    else:
+        places = {"rounds": state.round + 1, "forwards": counts["forwards"], "seconds": ctx.elapsed}
+        for x, place in places.items():
+            ctx.curve(f"training {goal.title} over {x}", place, -loss)
     return {**state.scalars, **counts, "steps": state.scalars["steps"] + steps}
 
 
@@ -153,7 +185,9 @@ def minibatch(data: Dataset, client: str, number: int, size: int, ctx: Context) 
     return f"{client}/{place}", order[place * size : (place + 1) * size]
 
 
-def small_objective(model: ModelHandle, train: str, options: SmallOptions, ctx: Context) -> Objective:
+def small_objective(
+    model: ModelHandle, train: str, options: SmallOptions, ctx: Context, share: int = 0, goal: Goal = LOSS
+) -> Objective:
     targets = adapters.module_names(options.targets)
     spec = adapters.Spec(train, options.layers, options.rank, options.alpha, targets)
-    return objective(model, spec, ctx, options.precision, options.hidden_memory, options.max_length)
+    return objective(model, spec, ctx, options.precision, options.hidden_memory, options.max_length, share, goal)

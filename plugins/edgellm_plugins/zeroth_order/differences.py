@@ -7,12 +7,15 @@ mean is over the others.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
+from itertools import groupby
 
 import numpy as np
 
 from edgellm_plugins.zeroth_order.clients import Probe
-from edgellm_plugins.zeroth_order.space import Space
+from edgellm_plugins.zeroth_order.per_example import base_of
+from edgellm_plugins.zeroth_order.space import ExampleSpace, Space
 from edgellm_plugins.zeroth_order.trajectory import Estimate
 from edgellm_sdk.types import Array, Dataset
 
@@ -24,8 +27,14 @@ def central(eps: float) -> Estimate:
 
 def _central(eps: float, space: Space, name: str, make: Callable[[], Dataset], seeds: Sequence[int]) -> Probe:
     values = space.losses(name, make, [(seed, c) for seed in seeds for c in (eps, -eps)])
-    plus, minus = values[0::2], values[1::2]
-    return _mean((plus - minus) / (2 * eps), values)
+    return mean_of_central(values[0::2], values[1::2], eps)
+
+
+def mean_of_central(plus: Array, minus: Array, eps: float) -> Probe:
+    """The estimate from the losses at theta + eps z_k and theta - eps z_k, (n,) each."""
+    with np.errstate(invalid="ignore"):
+        slopes = (plus - minus) / (2 * eps)
+    return _mean(slopes, np.concatenate([plus, minus]))
 
 
 def one_sided(eps: float) -> Estimate:
@@ -52,6 +61,37 @@ def _one_sided(
     finite = values[1:][np.isfinite(values[1:])]
     spread = float(finite.std(ddof=1)) if len(finite) > 1 else 0.0
     return _mean(rises / spread if spread > 0 else np.zeros_like(rises), values)
+
+
+def per_example(eps: float) -> Estimate:
+    """GRZO (arXiv 2606.02857): scalar_i = a_i / B with d_i = f_i(theta + eps z_i) - f_i(theta - eps z_i) for example i
+    alone, and a_i = d_i / (std(d) + 1e-8); 2 forwards of the batch for the B directions of one base.
+
+    std has B - 1 in its denominator. A step of eta has length about eta sqrt(d / B) whatever the scale of the loss, as
+    in `normalised`: the paper's eta is 2 eps times this one. All-equal differences give no step.
+    """
+    return partial(_per_example, eps)
+
+
+def _per_example(eps: float, space: Space, name: str, make: Callable[[], Dataset], seeds: Sequence[int]) -> Probe:
+    assert isinstance(space, ExampleSpace), "the directions need a space that evaluates every example on its own"
+    groups = [list(group) for _, group in groupby(seeds, base_of)]
+    pairs = np.stack([space.each(name, make, group, (eps, -eps)) for group in groups])  # (bases, 2, examples)
+    with np.errstate(invalid="ignore"):
+        slopes = np.stack([_standardised(plus - minus) for plus, minus in pairs])
+    found = _mean(slopes.ravel(), pairs.ravel())
+    scalars = np.zeros((len(groups), len(seeds) // len(groups)), np.float32)
+    scalars[:, : slopes.shape[1]] = found.scalars.reshape(slopes.shape)
+    return replace(found, scalars=scalars.ravel(), forwards=2 * len(groups))
+
+
+def _standardised(rises: Array) -> Array:
+    """Over their standard deviation; zeros when that is 0, and what is not finite stays so."""
+    finite = rises[np.isfinite(rises)]
+    spread = float(finite.std(ddof=1)) if len(finite) > 1 else 0.0
+    if not spread:
+        return np.where(np.isfinite(rises), 0.0, rises)
+    return np.asarray(rises / (spread + 1e-8))
 
 
 def _mean(slopes: Array, values: Array) -> Probe:

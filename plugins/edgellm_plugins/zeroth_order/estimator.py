@@ -1,8 +1,9 @@
 """Zeroth-order gradient estimation that the methods of this family share.
 
-theta is a mapping name -> float32 array. A direction v has theta's shapes and is addressed by numbers, never stored:
-v[name] = normal(key(pool, name, index)), equal on every platform (`edgellm_sdk.random`). A loss is any function of
-theta, directions and steps, so the same code drives torch, a quantised base or an engine that can only infer.
+theta is a mapping name -> float32 array. A direction v has theta's shapes and is addressed by numbers, never stored: it
+is cut from the family's bank of noise (`edgellm_sdk.kit.noise`) at the seed key(pool, index), equal on every platform.
+A loss is any function of theta, directions and steps, so the same code drives torch, a quantised base or an engine that
+can only infer.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import TypeAlias
 import numpy as np
 
 from edgellm_sdk import random
+from edgellm_sdk.kit import noise
 from edgellm_sdk.types import Array, Arrays, Float32
 
 Values: TypeAlias = dict[str, Float32]
@@ -22,12 +24,19 @@ Loss: TypeAlias = Callable[[Arrays, Sequence[Arrays], Sequence[float]], Array]
 """(theta, directions, steps) -> losses at theta + steps[k] * directions[k], (n,) float64."""
 
 
+NOISE = noise.noise_id("gaussian")
+"""What an Update names, so that its directions can be drawn again."""
+
+
+def part(name: str, elements: int, pool: int, index: int) -> Float32:
+    """The tensor `name` of the index-th direction of a pool: (elements,) float32."""
+    return noise.take("gaussian", random.key(pool, "direction", index), name, elements)
+
+
 def direction(shapes: Mapping[str, tuple[int, ...]], pool: int, picks: Mapping[str, int] | int) -> Values:
     """One direction v ~ N(0, I). `picks` selects the candidate of each tensor, or one candidate for all."""
     return {
-        name: random.normal(
-            random.key(pool, name, picks if isinstance(picks, int) else picks[name]), math.prod(shape)
-        ).reshape(shape)
+        name: part(name, math.prod(shape), pool, picks if isinstance(picks, int) else picks[name]).reshape(shape)
         for name, shape in shapes.items()
     }
 
@@ -38,11 +47,15 @@ def shapes_of(theta: Arrays) -> dict[str, tuple[int, ...]]:
 
 @dataclass(frozen=True)
 class Estimate:
-    """`jvp` (n,) float32 directional derivatives, `loss` (n,) float32 losses near theta, `forwards` losses computed."""
+    """`jvp` (n,) float32 directional derivatives, `loss` (n,) float32 losses near theta, `forwards` losses computed.
+
+    Where a loss was not finite jvp is 0 and the loss is the mean of the others, NaN when there is none: `dropped`.
+    """
 
     jvp: Float32
     loss: Float32
     forwards: int
+    dropped: int = 0
 
 
 def probe(loss: Loss, theta: Arrays, directions: Sequence[Values], h: float, difference: str = "central") -> Estimate:
@@ -56,13 +69,18 @@ def probe(loss: Loss, theta: Arrays, directions: Sequence[Values], h: float, dif
         pairs = [d for v in directions for d in (v, v)]
         values = loss(theta, pairs, [h, -h] * n)
         plus, minus = values[0::2], values[1::2]
-        jvp, near = (plus - minus) / (2 * h), (plus + minus) / 2
+        with np.errstate(invalid="ignore"):
+            jvp, near = (plus - minus) / (2 * h), (plus + minus) / 2
     else:
         base = loss(theta, directions[:1], [0.0])[0]
         plus = loss(theta, directions, [h] * n)
         values = np.append(plus, base)
-        jvp, near = (plus - base) / h, (plus + base) / 2
-    return Estimate(jvp.astype(np.float32), near.astype(np.float32), len(values))
+        with np.errstate(invalid="ignore"):
+            jvp, near = (plus - base) / h, (plus + base) / 2
+    usable = np.isfinite(jvp)
+    jvp = np.where(usable, jvp, 0.0)
+    near = np.where(usable, near, near[usable].mean() if usable.any() else math.nan)
+    return Estimate(jvp.astype(np.float32), near.astype(np.float32), len(values), int((~usable).sum()))
 
 
 def scaled(v: Values, jvp: float) -> Values:
@@ -119,7 +137,7 @@ def most_aligned(target: Arrays, pool: int, candidates: int, keep: int, absolute
         norm = float(np.linalg.norm(goal))
         cosines = np.zeros(candidates)
         for index in range(candidates if norm > 0 else 0):
-            v = random.normal(random.key(pool, name, index), goal.size)
+            v = part(name, goal.size, pool, index)
             cosines[index] = float(v @ goal) / (norm * float(np.linalg.norm(v)))
         ranking = -np.abs(cosines) if absolute else -cosines
         picks[name] = np.argsort(ranking, kind="stable")[:keep].tolist()

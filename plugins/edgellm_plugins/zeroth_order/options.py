@@ -7,6 +7,9 @@ from typing import ClassVar
 
 from edgellm_sdk.config import opt
 
+TRAINS = ("full", "lora", "lora-fa", "adapter", "norm", "layers")
+LEAST_STEP = 1e-6  # below, a difference of losses is rounding in every dtype
+
 
 @dataclass(frozen=True)
 class Small:
@@ -32,14 +35,16 @@ class Local(Small):
     train: str = opt(
         "lora-fa",
         "what trains: every weight, or a small set of tensors",
-        choices=("full", "lora", "lora-fa", "adapter", "norm", "layers"),
+        choices=TRAINS,
     )
     steps: int = opt(10, "local steps of a client in a round", unit="steps", ge=1, le=100_000)
     step: float = opt(0.0, "perturbation scale, eps; 0 takes 0.05, or 1e-3 with train full", ge=0, le=1)
-    learning_rate: float = opt(0.0, "eta; 0 takes the method's default for what trains", ge=0)
+    learning_rate: float = opt(0.0, "eta; 0 takes the method's default for what trains", ge=0, le=1000)
     share: float = opt(1.0, "share of the layers that each direction moves, drawn from its seed", ge=0.01, le=1)
 
     def __post_init__(self) -> None:
+        if 0 < self.step < LEAST_STEP:
+            raise ValueError(f"step: {self.step:g} is below {LEAST_STEP:g}, where a difference of losses is rounding")
         whole = self.train == "full"
         if not self.step:
             object.__setattr__(self, "step", 1e-3 if whole else 0.05)
@@ -49,8 +54,14 @@ class Local(Small):
 
 @dataclass(frozen=True)
 class Options(Local):
-    """Local, and the estimate and the rule of each step."""
+    """Local, and what is minimised, the estimate and the rule of each step."""
 
+    objective: str = opt(
+        "loss",
+        "what is minimised: cross-entropy, or minus label accuracy, token F1 or Rouge-L of greedy answers",
+        choices=("loss", "accuracy", "f1", "rouge"),
+    )
+    new_tokens: int = opt(32, "objectives f1 and rouge: longest answer", unit="tokens", ge=1, le=1024)
     probes: int = opt(4, "directions of each step, n", ge=1, le=1024)
     schedule: str = opt("constant", "of the learning rate over the run", choices=("constant", "linear"))
     warmup: float = opt(0.0, "share of the run with a linear warm-up", ge=0, le=0.9)

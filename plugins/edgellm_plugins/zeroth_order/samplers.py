@@ -11,12 +11,15 @@ bases, layer subsets) is itself a function of theta_0 and of seeds, so (seed, sc
 | sparse     | gaussian where |theta| is at most a percentile of |theta_0|, else 0               |
 | layers     | gaussian in a share of the tensors drawn for each seed, else 0 (LeZO)             |
 | low-rank   | U V^T with gaussian U for each seed, V kept for `refresh` steps (LOZO); 1-d: gaussian |
+
+`per_example.py` has another: one gaussian tensor for a whole minibatch, signs for each example (GRZO).
 """
 
 from __future__ import annotations
 
 import math
 import re
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -73,7 +76,8 @@ class Dense:
         self.noise = Noise(kind, numbers(shapes), device)
         self.id = noise.noise_id(kind)
         if limits is not None:
-            self.id += "/sparse"
+            edges = np.array([value for _, value in sorted(limits.items())])
+            self.id += f"/sparse {zlib.crc32(edges.tobytes()):08x}"
         if share < 1:
             self.id += f"/layers {share:g}"
 
@@ -121,6 +125,8 @@ class Dense:
             )
         if move.seeds:
             self.noise.move(weight, name, move, self._limit(name))
+        elif move.decay:
+            weight.mul_(float(np.float32(1 - move.decay)))
 
     def draw(self, name: str, theta: Float32, seed: int) -> Float32:
         if not self.active(name, seed):
@@ -172,7 +178,19 @@ class LowRank:
         self._basis = _Basis(master, 0)
         self._held: dict[str, Tensor] = {}
         self._left_momentum: dict[str, Tensor] = {}
-        self.id = f"{noise.noise_id('gaussian')}/rank {rank}/refresh {refresh}"
+        self.id = f"{noise.noise_id('gaussian')}/rank {rank}/refresh {refresh}/basis {master:x}"
+        if momentum:
+            self.id += f"/momentum {momentum:g}"
+
+    def save(self) -> object:
+        """What moving has left behind, for `load`."""
+        return self._basis.epoch, {name: left.clone() for name, left in self._left_momentum.items()}
+
+    def load(self, saved: object) -> None:
+        assert isinstance(saved, tuple)
+        self._basis = _Basis(self._basis.master, saved[0])
+        self._left_momentum = {name: left.clone() for name, left in saved[1].items()}
+        self._held.clear()
 
     def restart(self) -> None:
         """Forget the momentum: theta is theta_0 again."""
@@ -235,7 +253,8 @@ class LowRank:
             left = new if held is None else held.mul_(self.momentum).add_(new)
             self._left_momentum[name] = left
         height = max(1, noise.BLOCK // weight.shape[1])
-        rounding = noise.rounding_places(move, f"{name}/U", -(-len(weight) // height))
+        rounded = move if move.seeds else replace(move, seeds=(0,))
+        rounding = noise.rounding_places(rounded, f"{name}/U", -(-len(weight) // height))
         for k, begin in enumerate(range(0, len(weight), height)):
             total = self._product(left[begin : begin + height], self.basis(name))
             self._dense.noise.add(weight[begin : begin + height], total, float(np.float32(1 - move.decay)), rounding[k])

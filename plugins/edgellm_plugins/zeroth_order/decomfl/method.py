@@ -6,11 +6,12 @@ everyone's model is theta_0 moved by the averages of all rounds. A client downlo
 download grows with its absence and not with the model: 4 P bytes for each step.
 
 Where we differ from the published code: scalars are averaged by examples, not equally; a client keeps what it
-downloaded in `clients/` of its run folder.
+downloaded in `clients/` of its run folder, under a digest of its name.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -40,6 +41,11 @@ def shared_seeds(master: int, step: int, probes: int) -> list[int]:
     return [random.key(master, "shared", step * probes + k) for k in range(probes)]
 
 
+def kept_at(folder: Path, client: str) -> Path:
+    """Where a client keeps what it downloaded: names of clients come from the data and may be anything."""
+    return folder / "clients" / f"{hashlib.sha256(client.encode()).hexdigest()[:32]}.safetensors"
+
+
 class DeComFL(SpaceMethod):
     def moves(self, arrays: Mapping[str, Array], scalars: Mapping[str, Any], options: Config) -> list[Move]:
         """`scalar` (steps, P): the averages of all steps so far."""
@@ -49,7 +55,7 @@ class DeComFL(SpaceMethod):
         ]
 
     def initialise(self, model: ModelHandle, options: Config, ctx: Context) -> State:
-        noise = self.follower(model, options, ctx).space.sampler.id
+        noise = self.noise(model, options, ctx)
         master = int(ctx.stream("shared").seeds(1)[0]) >> 1
         scalars = {"forwards": 0, "steps": 0, "dropped": 0, "noise": noise, "master": master, "seen": {}}
         return State(model.digest, 0, {"scalar": np.zeros((0, options.probes), np.float32)}, scalars)
@@ -86,7 +92,7 @@ class DeComFL(SpaceMethod):
 
     def history(self, assignment: Assignment, ctx: Context) -> Array:
         """All averages up to this round, (steps, P), from what the client kept and what it was sent; kept again."""
-        path = ctx.folder / "clients" / f"{assignment.client}.safetensors"
+        path = kept_at(ctx.folder, assignment.client)
         begin, sent = int(assignment.scalars["from"]), assignment.arrays["scalar"]
         kept = store.try_load_arrays(path) if begin else None
         held = kept[0]["scalar"] if kept is not None else sent[:0]

@@ -16,6 +16,7 @@ Where we differ from the published code (and why):
   and large ones fits a mix of labels that nobody has.
 - tau = 0 calibrates: `calibration` x the variance of the first round (N = C * perturbations). Ours, not the paper's:
   its values belong to encoders with a classification head.
+- A direction whose losses are not finite has jvp = 0, is not collected and is counted.
 - Directions are numbered, not sent: `wire=seeds` uploads (jvp, loss), 8 bytes a perturbation; the server regenerates v.
   `wire=tensors` uploads jvp * v as the published code does. Both give the same theta, bit for bit.
 - h is 0.05, where the code has 0.01 on float16: with a bfloat16 base, jvp at 0.01 was mostly rounding (measured on
@@ -37,9 +38,8 @@ from edgellm_plugins.zeroth_order import estimator
 from edgellm_plugins.zeroth_order.clients import minibatch
 from edgellm_plugins.zeroth_order.estimator import HalfSums, Values
 from edgellm_plugins.zeroth_order.fwdllm import Config
-from edgellm_sdk import random
 from edgellm_sdk.context import Context
-from edgellm_sdk.errors import DataError
+from edgellm_sdk.errors import ConfigError, DataError
 from edgellm_sdk.kit import adapters
 from edgellm_sdk.kit.objective import Objective, measured, objective, written
 from edgellm_sdk.types import Array, Arrays, Assignment, Dataset, Metric, ModelHandle, Session, State, Update
@@ -70,9 +70,11 @@ def _objective(model: ModelHandle, config: Config, ctx: Context) -> Objective:
 def initialise(model: ModelHandle, config: Config, ctx: Context) -> State:
     """theta_0, with nothing collected yet."""
     theta = _objective(model, config, ctx).initial
+    if not any(name.endswith(config.variance_of) for name in theta):
+        raise ConfigError(f"no trained tensor's name ends in {config.variance_of!r}", "variance-of", "leave it empty")
     scalars = {
         "minibatch": 0, "rounds_on_minibatch": 0, "collected": [0, 0], "weights": [0, 0], "steps": 0, "forwards": 0,
-        "tau": config.tau, "variance": None, "sampling": False,
+        "dropped": 0, "tau": config.tau, "variance": None, "sampling": False,
     }  # fmt: skip
     return State(model.digest, 0, _named(theta, THETA), scalars)
 
@@ -126,6 +128,8 @@ def finetune(model: ModelHandle, data: Dataset, assignment: Assignment, config: 
     loss = partial(_objective(model, config, ctx).evaluate, name, partial(data.select, indices))
     estimate = estimator.probe(loss, theta, directions, config.step, config.difference)
 
+    if estimate.dropped == n:
+        raise DataError("no loss was finite", assignment.client, "lower the learning rate or the step")
     arrays: dict[str, Array] = {"loss": estimate.loss}
     if config.wire == "seeds":
         arrays["jvp"] = estimate.jvp
@@ -133,8 +137,9 @@ def finetune(model: ModelHandle, data: Dataset, assignment: Assignment, config: 
         gradients = [estimator.scaled(v, float(j)) for v, j in zip(directions, estimate.jvp, strict=True)]
         arrays |= {name: np.stack([g[name] for g in gradients]) for name in theta}
     kind = "seeds" if config.wire == "seeds" else "gradients"
-    scalars = {"forwards": estimate.forwards}
-    return Update(assignment.base, assignment.round, assignment.client, kind, arrays, len(data), random.RNG_ID, scalars)
+    rng = estimator.NOISE
+    scalars = {"forwards": estimate.forwards, "dropped": estimate.dropped}
+    return Update(assignment.base, assignment.round, assignment.client, kind, arrays, len(data), rng, scalars)
 
 
 def screen(updates: Sequence[Update], state: State) -> dict[str, str]:
@@ -147,12 +152,12 @@ def screen(updates: Sequence[Update], state: State) -> dict[str, str]:
         if update.kind == "gradients":
             expected |= {name: (n, *value.shape) for name, value in theta.items()}
         found = {name: array.shape for name, array in update.arrays.items()}
-        forwards = update.scalars.get("forwards")
-        if update.rng != random.RNG_ID:
-            reasons[update.client] = f"seeds of generator {update.rng[:40]!r} cannot be replayed"
+        forwards, dropped = update.scalars.get("forwards"), update.scalars.get("dropped")
+        if update.rng != estimator.NOISE:
+            reasons[update.client] = f"seeds of noise {update.rng[:40]!r} cannot be replayed"
         elif n == 0 or found != expected or any(a.dtype != np.float32 for a in update.arrays.values()):
             reasons[update.client] = "does not carry the arrays it was asked for"
-        elif type(forwards) is not int or not n < forwards <= 2 * n:
+        elif type(forwards) is not int or not n < forwards <= 2 * n or type(dropped) is not int or not 0 <= dropped < n:
             reasons[update.client] = "claims an impossible number of forwards"
     return reasons
 
@@ -170,8 +175,10 @@ def aggregate(state: State, updates: Sequence[Update], config: Config, ctx: Cont
     for position, update in enumerate(updates):
         weight = update.examples if config.weighting == "examples" else 1
         for k, gradient in enumerate(_gradients(update, state, theta, config, ctx)):
-            sums.add(gradient, (position + k + scalars["rounds_on_minibatch"]) % 2, weight)
-        scalars["forwards"] += update.scalars["forwards"]
+            if not update.scalars["dropped"] or any(array.any() for array in gradient.values()):
+                sums.add(gradient, (position + k + scalars["rounds_on_minibatch"]) % 2, weight)
+        for name in ("forwards", "dropped"):
+            scalars[name] += update.scalars[name]
     names = [name for name in theta if name.endswith(config.variance_of)]
     variance = sums.variance(names)
     tau = scalars["tau"] or config.calibration * (variance if math.isfinite(variance) else 0.0)

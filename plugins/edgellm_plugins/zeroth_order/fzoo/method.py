@@ -5,7 +5,8 @@ theta <- theta - eta / (N sigma) * sum_i (l_i - l_0) u_i, sigma the standard dev
 about eps * |grad|, so the length of a step is eta * sqrt(d / N) whatever the scale of the loss.
 
 Where we differ: eta is in units of eps, as in the published code, whose 1/eps is absorbed by its learning rate; the
-paper's eta is eps times ours. With the small sets the N + 1 candidates share one call, as P-RGE's do.
+paper's eta is eps times ours. eps is this family's, not 1e-4: on a bfloat16 base losses so close together are mostly
+rounding. Candidates of a small set share calls as their number and the batch's size allow.
 """
 
 from __future__ import annotations

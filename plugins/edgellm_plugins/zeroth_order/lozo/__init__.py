@@ -16,6 +16,13 @@ class Config(Options):
     refresh: int = opt(50, "nu, steps that V is kept", unit="steps", ge=1)
     momentum: float = opt(0.0, "LOZO-M: decay of the factored momentum; 0 is plain LOZO", ge=0, le=0.9999)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rule != "sgd":
+            raise ValueError(f"rule: {self.rule} would replay old directions on a new V; use --momentum")
+        if self.share < 1:
+            raise ValueError("share: a low-rank direction moves every layer; use 1")
+
 
 PLUGIN = Plugin(
     name="lozo",

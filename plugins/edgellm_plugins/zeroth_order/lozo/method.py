@@ -11,6 +11,8 @@ refresh but not in the update, so that every nu-th step of it is a random move. 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -31,4 +33,10 @@ def estimate(config: Config) -> Estimate:
     return differences.central(config.step)
 
 
-METHOD = SeedMethod(PLUGIN.name, sampler, estimate)
+@dataclass(frozen=True)
+class Lozo(SeedMethod):
+    def bent(self, options: Any) -> str:
+        return super().bent(options) or ("momentum" if options.momentum else "")
+
+
+METHOD = Lozo(PLUGIN.name, sampler, estimate)

@@ -1,0 +1,172 @@
+"""The zeroth-order methods beside each other and beside back-propagation, each at the learning rate that suits it.
+
+    python cookbook/benchmarks/compare.py --work runs/compare tune
+    python cookbook/benchmarks/compare.py --work runs/compare forwards time bytes memory
+
+SmolLM2-135M, a spam filter and TREC questions, 256 examples to train on. All arms train the same tensors, LoRA-FA's B
+on down_proj of the last layer, and `lora`, back-propagation, its A as well. `tune` gives every arm three learning
+rates, part of the budget and a seed of its own, and keeps the one with the lowest held-out loss. The comparisons are
+`edgellm bench compare` at equal forwards, seconds, bytes and memory. All runs are kept in --work: what is there is not
+run again, and `--work`/KIND/TASK/report.html is the page to look at.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from archives import TREC_PROMPT, trec
+
+import edgellm_sdk as edgellm
+from edgellm_sdk import config, registry, store
+from edgellm_sdk.data import SMS_PROMPT, read
+from edgellm_sdk.random import Stream
+from edgellm_sdk.report import Report, environment
+from edgellm_sdk.steps.comparison import Arm
+
+MODEL = "smollm2-135m"
+SET = {"layers": 1, "rank": 16, "alpha": 32.0, "targets": "down_proj", "batch_size": 16, "max_length": 96}
+# The names that are shown: plugin, options, learning rates tried.
+ARMS: dict[str, tuple[str, dict[str, Any], tuple[float, ...]]] = {
+    "mezo": ("mezo", {"probes": 1}, (0.03, 0.1, 0.3)),
+    "fzoo": ("fzoo", {}, (0.03, 0.1, 0.3)),
+    "lozo": ("lozo", {"probes": 1}, (0.01, 0.03, 0.1)),
+    "grzo": ("grzo", {}, (0.03, 0.1, 0.3)),
+    "p-rge": ("p-rge", {}, (0.1, 0.3, 1.0)),
+    "fwdllm": ("fwdllm", {"optimizer": "adam"}, (0.01, 0.03, 0.1)),
+    "fedkseed": ("fedkseed", {}, (0.03, 0.1, 0.3)),
+    "lora": ("lora", {}, (0.001, 0.003, 0.01)),
+}
+TRAIN, HELD_OUT = 256, 128
+TASKS = {"sms-spam": SMS_PROMPT, "trec": TREC_PROMPT}
+KINDS: dict[str, dict[str, Any]] = {
+    "forwards": {"equal": "forwards", "budget": 1000},
+    "time": {"equal": "time", "budget": 60},
+    "bytes": {"equal": "bytes", "budget": 1_200_000, "clients": 4, "partition": "dirichlet:0.5"},
+    "memory": {"equal": "memory", "budget": 1024, "seconds": 60},
+}
+TUNING_SEED = 100
+BACK_PROPAGATION = 3  # forwards of a step
+
+
+def prepared(work: Path, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Each task as a folder of train, valid and test files, and how it is asked."""
+    for name in names:
+        folder = work / name
+        if not (folder / "train.jsonl").is_file():
+            if name == "trec":
+                trec(folder, test=HELD_OUT)
+            else:
+                messages(folder)
+            lines = (folder / "train.jsonl").read_text().splitlines(keepends=True)
+            store.write_bytes(folder / "train.jsonl", "".join(lines[:TRAIN]).encode())
+    return {name: {"data": str(work / name), "task_prompt": TASKS[name]} for name in names}
+
+
+def messages(folder: Path) -> None:
+    """Spam and other messages in turn, as many of each."""
+    data = read("sms-spam")
+    order = Stream(0, "benchmark").permutation(len(data)).tolist()
+    kinds = [[i for i in order if data.examples[i].label == label] for label in data.labels]
+    before, after = SMS_PROMPT.split("{text}")
+    rows = []
+    for index in (i for group in zip(*kinds, strict=False) for i in group):
+        example = data.examples[index]
+        text = str(example.prompt[0]["content"])  # type: ignore[index]
+        row = {"text": text.removeprefix(before).removesuffix(after), "label": example.completion}
+        rows.append(json.dumps(row) + "\n")
+    parts = {"test": rows[:HELD_OUT], "valid": rows[HELD_OUT : 2 * HELD_OUT], "train": rows[2 * HELD_OUT :]}
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, part in parts.items():
+        store.write_bytes(folder / f"{name}.jsonl", "".join(part).encode())
+
+
+def rounds_for(arm: str, forwards: float, options: Mapping[str, Any]) -> int:
+    """Rounds of a single client that cost about that many forwards."""
+    plugin = ARMS[arm][0]
+    made: Any = config.build(registry.get(plugin, "finetune").plugin.config, options, plugin)
+    if plugin == "fwdllm":
+        return max(1, int(forwards / (2 * made.perturbations)))
+    each = {"lora": BACK_PROPAGATION, "fzoo": 9, "p-rge": 2}.get(plugin, 2)
+    return max(1, int(forwards / (each * made.steps)))
+
+
+def tune(work: Path, names: Sequence[str], arms: Sequence[str], forwards: float) -> dict[str, dict[str, float]]:
+    """The best rate of each arm on each task; by final held-out loss."""
+    for task, settings in prepared(work, names).items():
+        for arm in arms:
+            plugin, given, rates = ARMS[arm]
+            for rate in rates:
+                options = SET | given | {"learning_rate": rate}
+                folder = work / "tune" / task / f"{arm} {rate:g}".replace(" ", "-").replace(",", "")
+                if not (folder / "report.json").is_file():
+                    rounds = rounds_for(arm, forwards, options)
+                    edgellm.finetune(
+                        plugin, MODEL, output=folder, rounds=rounds, seed=TUNING_SEED, watch=rounds, options=options,
+                        resume=folder.is_dir(), **settings,
+                    )  # fmt: skip
+                loss = Report.read(folder).metrics["validation loss"].value
+                print(task, arm, rate, round(loss, 4), flush=True)
+    return best(work)
+
+
+def tuning(work: Path) -> list[dict[str, Any]]:
+    """task, arm, learning rate and final held-out loss of every tuning run there is."""
+    rows = []
+    for name, (_, _, rates) in ARMS.items():
+        for task in TASKS:
+            for rate in rates:
+                folder = work / "tune" / task / f"{name} {rate:g}".replace(" ", "-").replace(",", "")
+                if (folder / "report.json").is_file():
+                    loss = Report.read(folder).metrics["validation loss"].value
+                    rows.append({"task": task, "arm": name, "learning_rate": rate, "loss": loss})
+    return rows
+
+
+def best(work: Path) -> dict[str, dict[str, float]]:
+    """task -> arm -> rate."""
+    found: dict[str, dict[str, float]] = {}
+    for row in sorted(tuning(work), key=lambda row: -row["loss"]):
+        found.setdefault(row["task"], {})[row["arm"]] = row["learning_rate"]
+    return found
+
+
+def compare(work: Path, kind: str, names: Sequence[str], arms: Sequence[str], seeds: int) -> dict[str, Any]:
+    """One comparison on each task, with that task's rates."""
+    result: dict[str, Any] = {}
+    for task, settings in prepared(work, names).items():
+        rates = best(work)[task]
+        made = [Arm(name, ARMS[name][0], SET | ARMS[name][1] | {"learning_rate": rates[name]}) for name in arms]
+        done = edgellm.compare("", MODEL, output=work / kind / task, arms=made, seeds=seeds, **settings, **KINDS[kind])
+        result[task] = {"rates": rates, "table": done.report.tables[0], "curves": done.report.curves}
+        print(done.report.tables[0], flush=True)
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("what", nargs="+", choices=("tune", *KINDS))
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--tuning-forwards", type=float, default=600)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "compare.json")
+    asked = parser.parse_args()
+    asked.work.mkdir(parents=True, exist_ok=True)
+    result = store.read_json(asked.output) if asked.output.is_file() else {}
+    for what in asked.what:
+        if what == "tune":
+            print(json.dumps(tune(asked.work, asked.tasks, asked.arms, asked.tuning_forwards), indent=2))
+            result["tuning"] = tuning(asked.work)
+        else:
+            result[what] = result.get(what, {}) | compare(asked.work, what, asked.tasks, asked.arms, asked.seeds)
+        result |= {"command": "python cookbook/benchmarks/compare.py", "environment": environment()}
+        store.write_json(asked.output, result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,208 @@
+"""The sweeps of `noise` as C loops, each one pass over memory, where this machine has a compiler.
+
+`edgellm_sdk/assets/sweeps.c` is compiled once, for this processor, into the user's cache and loaded from there. Without
+a compiler, with a cache that others may write to, or with EDGELLM_NATIVE=0, there are no sweeps and `noise` goes on in
+torch. A move ends in the same bits either way. So does a float32 shift on processors with a fused multiply-add, as both
+use it. A bfloat16 shift does not: torch.add rounds z to bfloat16, and the coefficient too but for a few elements that
+depend on the number of threads, while here both stay float32 and the result is rounded to the nearest once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shlex
+import shutil
+import stat
+import subprocess
+import tempfile
+from collections.abc import Callable
+from functools import lru_cache
+from importlib import resources
+from math import inf
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from edgellm_sdk.models import cache_folder
+from edgellm_sdk.types import Array, Float32
+
+SWITCH = "EDGELLM_NATIVE"
+COMPILERS = ("cc", "gcc", "clang")
+NATIVE = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
+FLAGS = ("-std=c99", "-O3", NATIVE, "-ffp-contract=off", "-fno-math-errno", "-fopenmp-simd", "-fPIC")
+SECONDS = 60
+SHARED = 1 << 16
+"""Elements that are worth more than one thread."""
+
+_POINTER, _COUNT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+_SHIFT = (ctypes.c_int, _POINTER, _POINTER, _COUNT, _COUNT, _POINTER, _POINTER, _POINTER, _FLOAT)
+_MOVE = (
+    ctypes.c_int,
+    _POINTER,
+    _COUNT,
+    _COUNT,
+    _POINTER,
+    _POINTER,
+    _POINTER,
+    _COUNT,
+    _COUNT,
+    _FLOAT,
+    _POINTER,
+    _POINTER,
+)
+
+
+class Sweeps:
+    """Runs the loops on torch's number of threads. `bank` (float32) and `uniform()` (uint16) are those of `noise`.
+
+    Tensors are contiguous, on the CPU, float32 or bfloat16. `places` and `factors` (S, blocks), int64 and float32, tell
+    of every block of the whole tensor where its noise lies in the bank and by what it is multiplied, sign included.
+    """
+
+    def __init__(self, library: ctypes.CDLL, bank: Float32, uniform: Callable[[], Array], block: int) -> None:
+        self._bank, self._uniform, self._block = bank, uniform, block
+        self._shift = {t: _function(library, "shift", t, _SHIFT) for t in (torch.float32, torch.bfloat16)}
+        self._move = {t: _function(library, "move", t, _MOVE) for t in self._shift}
+        self._at = bank.ctypes.data
+
+    def takes(self, dtype: torch.dtype) -> bool:
+        return dtype in self._shift
+
+    def shift(
+        self, weight: Tensor, out: Tensor, start: int, places: Array, factors: Float32, limit: float = inf
+    ) -> None:
+        """out = weight + factor * z where |weight| <= limit, rounded to the nearest; `out` may be `weight`, which may
+        be a piece of the tensor that begins at its element `start`."""
+        dtype, count = weight.dtype, weight.numel()
+        if out.dtype != dtype or out.numel() != count or not out.is_contiguous():
+            raise ValueError("a sweep takes contiguous tensors of one size and dtype")
+        places, factors = self._checked(weight, start, places, factors)
+        bank = places.ctypes.data, factors.ctypes.data
+        self._shift[dtype](
+            _threads(count), weight.data_ptr(), out.data_ptr(), count, start, self._at, *bank, _rounded(limit, dtype)
+        )
+
+    def move(self, weight: Tensor, places: Array, factors: Float32, rounding: Array, limit: float = inf) -> None:
+        """weight += sum_k factor_k z_k where |weight| <= limit, in place. `rounding` (blocks,) int64 are the places of
+        a bfloat16's random bits."""
+        dtype = weight.dtype
+        places, factors = self._checked(weight, 0, places, factors)
+        rounding = np.ascontiguousarray(rounding, np.int64)
+        if len(rounding) != places.shape[1]:
+            raise ValueError(f"{places.shape[1]} blocks, {len(rounding)} places for their rounding")
+        uniform = self._uniform().ctypes.data if dtype == torch.bfloat16 else self._at  # float32 reads none
+        noise = self._at, places.ctypes.data, factors.ctypes.data, *places.shape
+        random = uniform, rounding.ctypes.data
+        count = weight.numel()
+        self._move[dtype](_threads(count), weight.data_ptr(), count, 0, *noise, _rounded(limit, dtype), *random)
+
+    def _checked(self, weight: Tensor, start: int, places: Array, factors: Float32) -> tuple[Array, Float32]:
+        """Places and factors as C reads them. ValueError where it would read or write past an end."""
+        if places.shape != factors.shape or not weight.is_contiguous():
+            raise ValueError("a sweep takes a contiguous tensor, and one factor for each place")
+        if start < 0 or start + weight.numel() > places.shape[1] * self._block:
+            raise ValueError(f"elements {start} to {start + weight.numel()} of {places.shape[1]} blocks")
+        return np.ascontiguousarray(places, np.int64), np.ascontiguousarray(factors, np.float32)
+
+
+def _function(library: ctypes.CDLL, name: str, dtype: torch.dtype, arguments: tuple[Any, ...]) -> Any:
+    function = library[f"{name}_{str(dtype).removeprefix('torch.')}"]
+    function.argtypes, function.restype = arguments, None
+    return function
+
+
+def _threads(count: int) -> int:
+    return torch.get_num_threads() if count >= SHARED else 1
+
+
+def _rounded(limit: float, dtype: torch.dtype) -> float:
+    """As torch compares a tensor with a number: in the tensor's dtype."""
+    return limit if limit == inf else float(torch.tensor(limit, dtype=dtype))
+
+
+def library() -> ctypes.CDLL | None:
+    """The compiled loops; None, and a debug line in the log, where there are none. Compiles at most once a machine."""
+    if os.environ.get(SWITCH) == "0" or os.name != "posix":
+        return None
+    try:
+        compiler = _compiler()
+        source = (resources.files("edgellm_sdk") / "assets" / "sweeps.c").read_bytes()
+        built_by = "\0".join((*FLAGS, *compiler, _version(compiler), platform.machine(), _processor()))
+        digest = hashlib.sha256(source + built_by.encode()).hexdigest()
+        path = _private(cache_folder() / "native") / f"{digest}.so"
+        if not path.exists():
+            _compile(compiler, source, path)
+        _own(path)
+        return ctypes.CDLL(str(path))
+    except (OSError, subprocess.SubprocessError) as error:
+        logging.getLogger(__name__).debug("noise is swept by torch: %s", error)
+        return None
+
+
+def _compiler() -> tuple[str, ...]:
+    """$CC, or the first of cc, gcc and clang. FileNotFoundError when there is none."""
+    named = shlex.split(os.environ.get("CC", ""))
+    for command in [named] if named else [[name] for name in COMPILERS]:
+        found = shutil.which(command[0])
+        if found:
+            return found, *command[1:]
+    raise FileNotFoundError(f"no compiler: {' '.join(named) or ', '.join(COMPILERS)}")
+
+
+@lru_cache(maxsize=4)
+def _version(compiler: tuple[str, ...]) -> str:
+    done = subprocess.run([*compiler, "--version"], capture_output=True, text=True, timeout=SECONDS, check=True)
+    return done.stdout
+
+
+def _processor() -> str:
+    """What NATIVE stands for, so that machines can share a home."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return platform.processor()
+    wanted = ("flags", "features", "model name", "cpu part", "isa")
+    return "\n".join(sorted({line for line in lines if line.lower().startswith(wanted)}))
+
+
+def _compile(compiler: tuple[str, ...], source: bytes, path: Path) -> None:
+    """Compiled for threads, but linked without a library for them: torch has loaded its own, whose threads serve both.
+    Where that one is of another make the result would not load, and the loops are compiled for one thread."""
+    for threads in (("-fopenmp",), ()):
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            part, whole = f"{folder}/sweeps.o", Path(folder) / path.name
+            for step in (
+                (*FLAGS, *threads, "-x", "c", "-c", "-", "-o", part),
+                ("-shared", part, "-o", str(whole), "-lm"),
+            ):
+                subprocess.run((*compiler, *step), input=source, capture_output=True, timeout=SECONDS, check=True)
+            try:
+                ctypes.CDLL(str(whole))
+            except OSError:
+                if threads:
+                    continue
+                raise
+            whole.chmod(0o700)
+            whole.replace(path)
+            return
+
+
+def _private(folder: Path) -> Path:
+    """The folder, made if it is not there. PermissionError unless it is this user's and nobody else may enter."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _own(folder, 0o077)
+    return folder
+
+
+def _own(path: Path, forbidden: int = 0o022) -> None:
+    """PermissionError unless `path` is this user's, no link, and without the forbidden mode bits."""
+    found = path.lstat()
+    if found.st_uid != os.geteuid() or stat.S_ISLNK(found.st_mode) or stat.S_IMODE(found.st_mode) & forbidden:
+        raise PermissionError(f"{path} is not this user's alone")
