@@ -237,7 +237,6 @@ def main() -> None:
     if asked.case:
         print(json.dumps(resident(asked.case)))
         return
-    result = store.read_json(asked.output) if asked.output.exists() else {}
     command = "python cookbook/benchmarks/executorch_training.py"
     if asked.part == "time":
         part = timed(asked.noise, asked.queries, asked.layers, asked.tokens, asked.repeats)
@@ -253,6 +252,7 @@ def main() -> None:
     else:
         part, name = (written() if asked.part == "export" else memory()), asked.part
         command += f" --part {asked.part}"
+    result = store.read_json(asked.output) if asked.output.exists() else {}
     result |= {"environment": environment(), name: {"command": command, **part}}
     store.write_json(asked.output, result)
     print(json.dumps(part, indent=1))

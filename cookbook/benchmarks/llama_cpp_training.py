@@ -25,7 +25,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -254,25 +254,24 @@ def gated(asked: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
             "learning_rate": asked.rate, "llama_cpp": {"threads": asked.threads},
         },
     ).report  # fmt: skip
-    found = {}
-    for delivery, options in (("merged", {"adapter": "merge"}), ("adapter on an F32 base", {"adapter": "separate"})):
-        target = folder / f"{options['adapter']}.gguf"
-        found[delivery] = edgellm.export(
-            "gguf", str(run), target, options={**options, "modelfile": False}
-        ).report.verified
+
+    def row(delivery: str, verified: Mapping[str, Any]) -> dict[str, Any]:
+        values = {check["name"]: check["value"] for check in verified["checks"]}
+        return {
+            "part": "gate", "file": asked.file, "case": delivery, "passed": verified["passed"], "data": asked.data,
+            "positions": verified["positions"], "prompts": verified["prompts"], "kl_mean": values["kl mean"],
+            "top_1": values["top-1"], "loss_after": trained.metrics["validation loss"].value,
+        }  # fmt: skip
+
     handle, adapter = models.resolve(str(run)), run / "model" / ADAPTER
     artifact = Artifact((adapter,), ("",), "gguf", "llama_cpp", handle.digest, {"kind": "adapter"})
     questions = gate_prompts(str(made), prompt, 0)
     here = verify_export(handle, artifact, Context(folder), questions, BLOCKS, base=file)
-    found["adapter on the file it was trained over"] = here.as_dict()
-    for delivery, verified in found.items():
-        values = {check["name"]: check["value"] for check in verified["checks"]}
-        yield {
-            "part": "gate", "file": asked.file, "case": delivery, "passed": verified["passed"], "data": asked.data,
-            "positions": verified["positions"], "prompts": verified["prompts"], "kl_mean": values["kl mean"],
-            "top_1": values["top-1"], "continuations": values["continuation"],
-            "loss_after": trained.metrics["validation loss"].value,
-        }  # fmt: skip
+    yield row("adapter on the file it was trained over", here.as_dict())
+    for delivery, adapter_as in (("merged", "merge"), ("adapter on an F32 base", "separate")):
+        options = {"adapter": adapter_as, "modelfile": False}
+        done = edgellm.export("gguf", str(run), folder / f"{adapter_as}.gguf", options=options)
+        yield row(delivery, done.report.verified)
 
 
 def main() -> None:

@@ -62,26 +62,25 @@ static inline uint16_t nearest(uint32_t bits) {
     const int64_t i = p * PIECE > start ? p * PIECE : start, at = i - start, left = count - at;                     \
     const int64_t n = PIECE - i % PIECE < left ? PIECE - i % PIECE : left;
 
-/* out = w + factor * z where |w| <= limit; out may be w. */
-#define SHIFT(name, type, noise, READ, Z, WRITE)                                                                    \
-    void name(int threads, const type *w, type *out, int64_t count, int64_t start, const noise *bank,               \
+/* out = w + factor * z where |w| <= limit; out may be w. The bank is in the weights' type. */
+#define SHIFT(name, type, READ, WRITE)                                                                              \
+    void name(int threads, const type *w, type *out, int64_t count, int64_t start, const type *bank,                \
               const int64_t *places, const float *factors, float limit) {                                           \
         FOR_EACH_PIECE {                                                                                            \
             THIS_PIECE                                                                                              \
-            const noise *z = bank + places[i / BLOCK] + i % BLOCK;                                                  \
+            const type *z = bank + places[i / BLOCK] + i % BLOCK;                                                   \
             const float factor = factors[i / BLOCK];                                                                \
             const type *from = w + at;                                                                              \
             type *to = out + at;                                                                                    \
             _Pragma("omp simd") for (int64_t j = 0; j < n; j++) {                                                   \
                 const float x = READ(from[j]);                                                                      \
-                to[j] = WRITE(FMA(Z(z[j]) * KEPT(x), factor, x));                                                   \
+                to[j] = WRITE(FMA(READ(z[j]) * KEPT(x), factor, x));                                                \
             }                                                                                                       \
         }                                                                                                           \
     }
 
-SHIFT(shift_float32, float, float, SAME, SAME, SAME)
-SHIFT(shift_bfloat16, uint16_t, float, wide, SAME, NEAREST)
-SHIFT(shift16_bfloat16, uint16_t, uint16_t, wide, wide, NEAREST)
+SHIFT(shift_float32, float, SAME, SAME)
+SHIFT(shift_bfloat16, uint16_t, wide, NEAREST)
 
 /* w += sum_k factor_k z_k, in the order given, where |w| <= limit. `uniform` and `random` are the bank of rounding bits
  * and the blocks' places in it. */

@@ -88,7 +88,7 @@ def load(handle: ModelHandle, dtype: str = "float32", device: str = "cpu", merge
     kind = _dtype(dtype, device)
     found = checkpoint.inspect(handle.path)
     try:
-        model = _build(found, kind)
+        model = build(found, kind)
         for folder in handle.adapters:
             from edgellm_sdk.kit import adapters
 
@@ -104,7 +104,7 @@ def load(handle: ModelHandle, dtype: str = "float32", device: str = "cpu", merge
     return LoadedModel(model, load_tokenizer(handle), handle, kind)
 
 
-def _build(found: checkpoint.Checkpoint, dtype: torch.dtype) -> Any:
+def build(found: checkpoint.Checkpoint, dtype: torch.dtype) -> Any:
     """The transformers model of a folder, its tensors read, decoded and converted one by one."""
     import transformers
 

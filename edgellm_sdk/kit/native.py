@@ -3,8 +3,8 @@
 `edgellm_sdk/assets/sweeps.c` is compiled once, for this processor, into the user's cache and loaded from there. Without
 a compiler, with a cache that others may write to, or with EDGELLM_NATIVE=0, there are no sweeps and `noise` goes on in
 torch. A move ends in the same bits either way. So does a float32 shift on processors with a fused multiply-add, as both
-use it. A bfloat16 shift does not: torch.add rounds z to bfloat16, and the coefficient too but for a few elements that
-depend on the number of threads, while here both stay float32 and the result is rounded to the nearest once.
+use it. A bfloat16 shift does not: z is in bfloat16 for both, but torch.add rounds the coefficient as well, except for a
+few elements that depend on the number of threads, and here it stays float32.
 """
 
 from __future__ import annotations
@@ -42,65 +42,53 @@ SHARED = 1 << 16
 """Elements that are worth more than one thread."""
 
 _POINTER, _COUNT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
-_SHIFT = (ctypes.c_int, _POINTER, _POINTER, _COUNT, _COUNT, _POINTER, _POINTER, _POINTER, _FLOAT)
-_MOVE = (
-    ctypes.c_int,
-    _POINTER,
-    _COUNT,
-    _COUNT,
-    _POINTER,
-    _POINTER,
-    _POINTER,
-    _COUNT,
-    _COUNT,
-    _FLOAT,
-    _POINTER,
-    _POINTER,
-)
+_NOISE = (_POINTER, _POINTER, _POINTER)
+_SHIFT = (ctypes.c_int, _POINTER, _POINTER, _COUNT, _COUNT, *_NOISE, _FLOAT)
+_MOVE = (ctypes.c_int, _POINTER, _COUNT, _COUNT, *_NOISE, _COUNT, _COUNT, _FLOAT, _POINTER, _POINTER)
 
 
 class Sweeps:
-    """Runs the loops on torch's number of threads. `bank` (float32) and `uniform()` (uint16) are those of `noise`.
+    """Runs the loops on torch's number of threads. `uniform()` is the bank of rounding bits, uint16.
 
-    Tensors are contiguous, on the CPU, float32 or bfloat16. `places` and `factors` (S, blocks), int64 and float32, tell
-    of every block of the whole tensor where its noise lies in the bank and by what it is multiplied, sign included.
+    Tensors are contiguous, on the CPU, float32 or bfloat16; the bank of a shift has their dtype. `places` and `factors`
+    (S, blocks), int64 and float32, tell of every block of the whole tensor where its noise lies in the bank and by what
+    it is multiplied, sign included.
     """
 
-    def __init__(self, library: ctypes.CDLL, bank: Float32, uniform: Callable[[], Array], block: int) -> None:
-        self._bank, self._uniform, self._block = bank, uniform, block
+    def __init__(self, library: ctypes.CDLL, uniform: Callable[[], Array], block: int) -> None:
+        self._uniform, self._block = uniform, block
         self._shift = {t: _function(library, "shift", t, _SHIFT) for t in (torch.float32, torch.bfloat16)}
         self._move = {t: _function(library, "move", t, _MOVE) for t in self._shift}
-        self._at = bank.ctypes.data
 
     def takes(self, dtype: torch.dtype) -> bool:
         return dtype in self._shift
 
     def shift(
-        self, weight: Tensor, out: Tensor, start: int, places: Array, factors: Float32, limit: float = inf
+        self, weight: Tensor, out: Tensor, start: int, bank: Tensor, places: Array, factors: Float32, limit: float = inf
     ) -> None:
         """out = weight + factor * z where |weight| <= limit, rounded to the nearest; `out` may be `weight`, which may
         be a piece of the tensor that begins at its element `start`."""
         dtype, count = weight.dtype, weight.numel()
-        if out.dtype != dtype or out.numel() != count or not out.is_contiguous():
+        if not out.dtype == bank.dtype == dtype or out.numel() != count or not out.is_contiguous():
             raise ValueError("a sweep takes contiguous tensors of one size and dtype")
         places, factors = self._checked(weight, start, places, factors)
-        bank = places.ctypes.data, factors.ctypes.data
-        self._shift[dtype](
-            _threads(count), weight.data_ptr(), out.data_ptr(), count, start, self._at, *bank, _rounded(limit, dtype)
-        )
+        noise = bank.data_ptr(), places.ctypes.data, factors.ctypes.data
+        tensors = weight.data_ptr(), out.data_ptr(), count, start
+        self._shift[dtype](_threads(count), *tensors, *noise, _rounded(limit, dtype))
 
-    def move(self, weight: Tensor, places: Array, factors: Float32, rounding: Array, limit: float = inf) -> None:
-        """weight += sum_k factor_k z_k where |weight| <= limit, in place. `rounding` (blocks,) int64 are the places of
-        a bfloat16's random bits."""
-        dtype = weight.dtype
+    def move(
+        self, weight: Tensor, bank: Tensor, places: Array, factors: Float32, rounding: Array, limit: float = inf
+    ) -> None:
+        """weight += sum_k factor_k z_k where |weight| <= limit, in place, with a float32 bank. `rounding` (blocks,)
+        int64 are the places of a bfloat16's random bits."""
+        dtype, count = weight.dtype, weight.numel()
         places, factors = self._checked(weight, 0, places, factors)
         rounding = np.ascontiguousarray(rounding, np.int64)
         if len(rounding) != places.shape[1]:
             raise ValueError(f"{places.shape[1]} blocks, {len(rounding)} places for their rounding")
-        uniform = self._uniform().ctypes.data if dtype == torch.bfloat16 else self._at  # float32 reads none
-        noise = self._at, places.ctypes.data, factors.ctypes.data, *places.shape
+        uniform = self._uniform().ctypes.data if dtype == torch.bfloat16 else bank.data_ptr()  # float32 reads none
+        noise = bank.data_ptr(), places.ctypes.data, factors.ctypes.data, *places.shape
         random = uniform, rounding.ctypes.data
-        count = weight.numel()
         self._move[dtype](_threads(count), weight.data_ptr(), count, 0, *noise, _rounded(limit, dtype), *random)
 
     def _checked(self, weight: Tensor, start: int, places: Array, factors: Float32) -> tuple[Array, Float32]:
@@ -173,25 +161,23 @@ def _processor() -> str:
 
 
 def _compile(compiler: tuple[str, ...], source: bytes, path: Path) -> None:
-    """Compiled for threads, but linked without a library for them: torch has loaded its own, whose threads serve both.
-    Where that one is of another make the result would not load, and the loops are compiled for one thread."""
-    for threads in (("-fopenmp",), ()):
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            part, whole = f"{folder}/sweeps.o", Path(folder) / path.name
-            for step in (
-                (*FLAGS, *threads, "-x", "c", "-c", "-", "-o", part),
-                ("-shared", part, "-o", str(whole), "-lm"),
-            ):
-                subprocess.run((*compiler, *step), input=source, capture_output=True, timeout=SECONDS, check=True)
+    """Compiles for OpenMP but links no library for it: the loops run on the threads that torch has brought along and
+    keeps awake. Where those are of another make nothing can be loaded, and the loops are compiled for one thread."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        part, whole = f"{folder}/sweeps.o", Path(folder) / path.name
+        for threads in (("-fopenmp",), ()):
+            compiled = (*compiler, *FLAGS, *threads, "-x", "c", "-c", "-", "-o", part)
+            linked = (*compiler, "-shared", part, "-o", str(whole), "-lm")
             try:
+                for command in (compiled, linked):
+                    subprocess.run(command, input=source, capture_output=True, timeout=SECONDS, check=True)
                 ctypes.CDLL(str(whole))
-            except OSError:
-                if threads:
-                    continue
-                raise
-            whole.chmod(0o700)
-            whole.replace(path)
-            return
+                break
+            except (OSError, subprocess.SubprocessError):
+                if not threads:
+                    raise
+        whole.chmod(0o700)
+        whole.replace(path)
 
 
 def _private(folder: Path) -> Path:

@@ -169,7 +169,7 @@ class Noise:
         }
         self._drawn: OrderedDict[tuple[int, ...], tuple[Array, Float32]] = OrderedDict()
         compiled = native.library() if self.device.type == "cpu" and sum(sizes.values()) >= BANK else None
-        self._sweeps = native.Sweeps(compiled, bank(kind), uniform16, BLOCK) if compiled else None
+        self._sweeps = native.Sweeps(compiled, uniform16, BLOCK) if compiled else None
 
     def _places(self, seeds: tuple[int, ...], name: str) -> tuple[Array, Float32]:
         if seeds not in self._drawn:
@@ -186,12 +186,12 @@ class Noise:
 
         `weight` may be a slice of the tensor that begins at its element `start`. Where |weight| > limit z is 0.
         """
-        flat, result = weight.view(-1), out.view(-1)
-        drawn, flips = self._places((seed,), name)
-        if self._sweeps and self._sweeps.takes(flat.dtype):
-            return self._sweeps.shift(flat, result, start, drawn, flips * np.float32(coefficient), limit)
-        (where,), (signs,) = drawn, flips
+        places, factors = self._places((seed,), name)
         noise = self._in(weight.dtype)
+        if self._sweeps and self._sweeps.takes(weight.dtype):
+            return self._sweeps.shift(weight, out, start, noise, places, factors * np.float32(coefficient), limit)
+        flat, result = weight.view(-1), out.view(-1)
+        (where,), (signs,) = places, factors
         begin = 0
         while begin < flat.numel():
             b, within = divmod(start + begin, BLOCK)
@@ -227,12 +227,12 @@ class Noise:
         A 16-bit weight is rounded stochastically, because steps far below its spacing would all be lost. The random
         bits belong to the move, so a replay rounds alike.
         """
-        flat, kept = weight.view(-1), float(np.float32(1 - move.decay))
         where, signs = self._places(move.seeds, name)
         first = signs * np.array(move.first, np.float32)[:, None]
         rounding = _scrambled(where[-1])
-        if self._sweeps and self._sweeps.takes(flat.dtype) and not move.second and not move.decay:
-            return self._sweeps.move(flat, where, first, np.array(rounding), limit)
+        if self._sweeps and self._sweeps.takes(weight.dtype) and not move.second and not move.decay:
+            return self._sweeps.move(weight, self._bank, where, first, np.array(rounding), limit)
+        flat, kept = weight.view(-1), float(np.float32(1 - move.decay))
         for b in range(where.shape[1]):
             part = flat[b * BLOCK : (b + 1) * BLOCK]
             places_of_b = where[:, b].tolist()

@@ -102,7 +102,7 @@ def shifted(weight: Tensor, z: Tensor, c: float) -> Tensor:
     """weight + c * z rounded to float32 once (twice without a fused multiply-add), then to the dtype."""
     if FUSED:
         return (weight.double() + z.double() * float(np.float32(c))).float().to(weight.dtype)
-    return (weight.float() + z * float(np.float32(c))).to(weight.dtype)
+    return (weight.float() + z.float() * float(np.float32(c))).to(weight.dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -115,7 +115,7 @@ def test_a_shift_of_a_piece_is_rounded_to_the_nearest(
     swept, whole = made(size, swept=True), weights(size, dtype)
     before, part = whole.clone(), whole[start : size - 3]
     z = torch.from_numpy(noise.take("gaussian", 9, "w", size))[start : size - 3]
-    wanted = shifted(part, z * (part.abs() <= limit), c)
+    wanted = shifted(part, z.to(dtype) * (part.abs() <= limit), c)
     for count in (1, 2, 3):
         out = torch.empty_like(part)
         with threads(count):
@@ -186,6 +186,24 @@ def test_without_a_compiler(
     assert refused(caplog) and not list((cache / "native").iterdir())
     broken.write_text('#!/bin/sh\nwhile [ $# -gt 0 ]; do [ "$1" = -o ] && echo no library > "$2"; shift; done\n')
     assert refused(caplog)
+
+
+def test_where_the_threads_of_torch_are_of_another_make(
+    compiled: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is compiled for threads asks for a library that is not there; what is compiled without does not."""
+    real, wrapper = " ".join(native._compiler()), tmp_path / "cc"
+    wrapper.write_text(
+        f'#!/bin/sh\ncase " $* " in *" -fopenmp "*) {real} "$@" -fsanitize=address;; *) {real} "$@";; esac\n'
+    )
+    wrapper.chmod(0o755)
+    monkeypatch.setenv("CC", str(wrapper))
+    wanted, found = weights(SIZES[-1], torch.bfloat16), weights(SIZES[-1], torch.bfloat16)
+    one = made(SIZES[-1], swept=True)
+    with threads(2):
+        one.move(found, "w", MOVES[1])
+    made(SIZES[-1], swept=False).move(wanted, "w", MOVES[1])
+    assert same(found, wanted)
 
 
 def test_with_a_cache_that_is_not_a_folder(cache: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -16,8 +16,8 @@ SHAPE = (SIZE // 5, 5)
 
 
 PINNED = {
-    "gaussian": ("bank20-gaussian/1", "f174c88d35bb0215", "829cdd9a5c0d0b7b"),
-    "rademacher": ("bank20-rademacher/1", "ef521198dbc75285", "bfe4471e7aa43ebd"),
+    "gaussian": ("bank20-gaussian/1/df49c715", "f174c88d35bb0215", "829cdd9a5c0d0b7b"),
+    "rademacher": ("bank20-rademacher/1/3ec07e4f", "ef521198dbc75285", "bfe4471e7aa43ebd"),
 }
 PINNED_ROUNDING = "f1b6da5feeb38a7c"
 

@@ -174,7 +174,7 @@ def test_page_is_whole_escaped_and_alone(full: Report) -> None:
     assert "a&lt;b&gt;" in text
     assert "&lt;i&gt;NaN&lt;/i&gt;" in text
     assert "does not behave like its model: drift" in text
-    assert "against file size" in text
+    assert "Balanced accuracy against size" in text
     assert parsed.tags.count("svg") == 3
     assert text == page.render([full, Report("export", "gguf")])
 

@@ -413,6 +413,14 @@ def test_what_is_measured_is_theta_as_it_is_stored(quantised: Any, tmp_path: Pat
     assert not torch.equal(Decoding(space)._scales(name), space.packed.matrices[name].scales.float())
 
 
+def test_the_blocks_file_is_the_one_that_save_arrays_writes(quantised: Any, tmp_path: Path) -> None:
+    handle = quantised("q4_1", True)
+    raw = {name: array for name, (_, array) in stored(handle).items()}
+    shapes = {name: (kind, array.shape) for name, (kind, array) in stored(handle).items()}
+    packed.write(tmp_path / "blocks", shapes, raw.__getitem__)
+    assert (tmp_path / "blocks").read_bytes() == (handle.path / checkpoint.QUANTIZED).read_bytes()
+
+
 def test_scales_beyond_fp16_are_not_written(quantised: Any, tmp_path: Path) -> None:
     handle = quantised("q4_0")
     space = scales(handle, tmp_path)

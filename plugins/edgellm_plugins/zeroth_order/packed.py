@@ -7,9 +7,13 @@ scratch when the model comes to it: memory is about 9 bits a weight, and there n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import json
+import math
+import struct
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -31,6 +35,7 @@ if TYPE_CHECKING:
 
 FLOATS = ("F32", "F16", "BF16")
 CHUNK = 1 << 18
+_COMMAS = (",", ":")
 ADVICE = "`edgellm compress --plugin gptq` makes such blocks"
 
 
@@ -122,6 +127,25 @@ def _converted_from(model: ModelHandle, folder: ModelHandle, ctx: Context) -> GG
     raise ModelError(f"the file {about['converted']!r} that it was made from is not at hand", str(folder.path), ADVICE)
 
 
+def write(path: Path, shapes: Mapping[str, tuple[str, tuple[int, int]]], read: Callable[[str], Bytes]) -> None:
+    """`quantized.safetensors` (see `checkpoint`), the bytes that `store.save_arrays` would write, with one matrix in
+    memory at a time: format and (rows, row bytes) of each, and what reads it. StorageError when the disk says no."""
+    formats = json.dumps(
+        {"format": {name: kind for name, (kind, _) in shapes.items()}}, sort_keys=True, separators=_COMMAS
+    )
+    header: dict[str, Any] = {"__metadata__": {"edgellm": formats}}
+    end = 0
+    for name in sorted(shapes):
+        begin, end = end, end + math.prod(shapes[name][1])
+        header[name] = {"data_offsets": [begin, end], "dtype": "U8", "shape": list(shapes[name][1])}
+    text = json.dumps(header, sort_keys=True, separators=_COMMAS, ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with store.atomic(path) as out:
+        out.write(struct.pack("<Q", len(text)) + text)
+        for name in sorted(shapes):
+            out.write(np.ascontiguousarray(read(name)).data)
+
+
 class Matrix:
     """One matrix: `levels` (rows, blocks, 32) int8; `scales` and `mins`, if any, as stored, (rows, blocks) float16;
     `largest`, the magnitude of its format's outermost level."""
@@ -206,7 +230,7 @@ class _Hollow(ModelHandle):
         found = checkpoint.inspect(self.path)
         kind = loading.auto_dtype(device) if dtype == "auto" else loading.DTYPES[dtype]
         hollow = _HollowFolder(found.folder, found.config, found.tensors, found.files, self.absent)
-        model = loading._build(hollow, torch.float32)  # a cast to another dtype would fill the zeros in
+        model = loading.build(hollow, torch.float32)  # a cast to another dtype would fill the zeros in
         zero = torch.zeros(1, dtype=kind, device=device)
         for name, parameter in model.named_parameters():
             parameter.data = zero.expand(parameter.shape) if name in self.absent else parameter.data.to(device, kind)

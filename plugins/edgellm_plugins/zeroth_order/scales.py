@@ -1,8 +1,8 @@
 """theta as the scales of a quantised model: codes never change, so what is trained deploys as the same codes.
 
 A block's 32 weights are d * k (+ m). theta is d of every block of every matrix in the decoder layers, float32, named
-like its matrix, (rows, blocks); k and m stay, and so do token embedding and output head, whose codes reach 127, so that
-one step for all scales would move their weights ten times as far.
+like its matrix, (rows, blocks); k and m stay. So do token embedding and output head: `compress` leaves them in floating
+point, and most of their rows belong to tokens that no example holds, which would take the noise of every step.
 
 Unit. Formats differ in how far their levels reach: 8 in q4_0, 15 in q4_1, 127 in q8_0 and iq4_nl. Directions are
 divided by that reach K, so eps is how far the outermost weight of a block moves, as in a method that moves weights,
@@ -30,9 +30,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from edgellm_plugins.zeroth_order import packed
 from edgellm_plugins.zeroth_order.packed import Packed
 from edgellm_plugins.zeroth_order.samplers import Sampler
-from edgellm_plugins.zeroth_order.space import Full, Point, _digest
+from edgellm_plugins.zeroth_order.space import Full, Point, digest_of
 from edgellm_sdk import checkpoint, store
 from edgellm_sdk.errors import ModelError
 from edgellm_sdk.kit import blocks
@@ -43,23 +44,23 @@ from edgellm_sdk.types import Array, Dataset, Metric, ModelHandle
 ENDS = ("model.embed_tokens.weight", "lm_head.weight")
 
 
-def trained(packed: Packed) -> dict[str, Tensor]:
+def trained(model: Packed) -> dict[str, Tensor]:
     """theta_0. ModelError when no matrix of the decoder layers is in blocks."""
-    found = {name: matrix.scales.float() for name, matrix in packed.matrices.items() if name not in ENDS}
+    found = {name: matrix.scales.float() for name, matrix in model.matrices.items() if name not in ENDS}
     if not found:
-        raise ModelError("only its embedding or output head is in blocks", str(packed.handle.path))
+        raise ModelError("only its embedding or output head is in blocks", str(model.handle.path))
     return found
 
 
 class Scales(Full):
-    """A Space over `trained(packed)`."""
+    """A Space over `trained(model)`."""
 
     cheap = True
 
-    def __init__(self, packed: Packed, sampler: Sampler, floor: float) -> None:
-        super().__init__(packed, sampler)
-        self.packed, self.floor = packed, _half_above(floor)
-        self.theta = trained(packed)
+    def __init__(self, model: Packed, sampler: Sampler, floor: float) -> None:
+        super().__init__(model, sampler)
+        self.packed, self.floor = model, _half_above(floor)
+        self.theta = trained(model)
 
     def restart(self) -> None:
         self.theta = trained(self.packed)
@@ -91,18 +92,20 @@ class Scales(Full):
         return all(bool(value.isfinite().all()) for value in self.theta.values())
 
     def digest(self) -> str:
-        return _digest(self.theta)
+        return digest_of(self.theta)
 
     def write(self, folder: Path, model: ModelHandle) -> ModelHandle:
         """A block-quantised folder like its source: the same bytes but for the trained scales.
 
         ModelError when a scale does not fit fp16, StorageError when the disk says no.
         """
-        source = self.packed.handle.path
-        arrays: dict[str, Array] = {name: self._stored(name) for name in sorted(self.packed.rows)}
+        source, shapes = self.packed.handle.path, {}
+        for name, rows in self.packed.rows.items():
+            height, columns = self.packed.matrices[name].shape
+            shapes[name] = rows.format, (height, blocks.block_format(rows.format).row_bytes(columns))
         tensors = {}
         for name, tensor in checkpoint.inspect(source).tensors.items():
-            if name not in arrays:
+            if name not in shapes:
                 with safe_open(tensor.parts[0].path, framework="pt") as file:
                     tensors[name] = file.get_tensor(name)
         with store.replacing(folder) as temp:
@@ -110,22 +113,20 @@ class Scales(Full):
                 if (source / name).is_file():
                     shutil.copyfile(source / name, temp / name)
             save_file(tensors, temp / "model.safetensors", metadata={"format": "pt"})
-            formats = {name: self.packed.rows[name].format for name in arrays}
-            store.save_arrays(temp / checkpoint.QUANTIZED, arrays, {"format": formats})
+            packed.write(temp / checkpoint.QUANTIZED, shapes, self._stored)
         return resolve(str(folder))
 
     def _stored(self, name: str) -> Array:
         """The matrix's blocks, (rows, row bytes) uint8, with the scales of theta."""
         rows = self.packed.rows[name]
-        packed = rows.read()
+        found = rows.read()
         if name in self.theta:
             scales = self.theta[name].half().cpu().numpy()
             if not np.isfinite(scales).all():
                 raise ModelError("a scale grew beyond fp16", name[:80], "lower the learning rate")
-            size = blocks.block_format(rows.format).bytes
-            grid = packed.reshape(*scales.shape, size)
+            grid = found.reshape(*scales.shape, blocks.block_format(rows.format).bytes)
             grid[:, :, :2] = scales.astype("<f2")[:, :, None].view(np.uint8)
-        return packed
+        return found
 
 
 @dataclass(frozen=True)

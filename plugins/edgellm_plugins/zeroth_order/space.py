@@ -70,7 +70,7 @@ class ExampleSpace(Space, Protocol):
         the n examples of the batch, of which there may be fewer than seeds."""
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
+def digest_of(tensors: Mapping[str, Tensor]) -> str:
     sha = hashlib.sha256()
     for name in sorted(tensors):
         sha.update(name.encode() + b"\0")
@@ -127,7 +127,7 @@ class Small:
         return all(bool(np.isfinite(value).all()) for value in self.theta.values())
 
     def digest(self) -> str:
-        return _digest({name: torch.from_numpy(value) for name, value in self.theta.items()})
+        return digest_of({name: torch.from_numpy(value) for name, value in self.theta.items()})
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ class Full:
         return all(bool(parameter.isfinite().all()) for parameter in self.whole.parameters.values())
 
     def digest(self) -> str:
-        return _digest(self.whole.parameters)
+        return digest_of(self.whole.parameters)
 
 
 @runtime_checkable
