@@ -12,14 +12,16 @@ from typing import Any
 from edgellm_sdk import config, registry
 from edgellm_sdk.errors import ConfigError, PluginError
 
-TORCH = ("cpu", "cuda")
-"""Devices on which training is torch's own, without a backend plugin: also `cuda:1`."""
+
+def is_torch(device: str) -> bool:
+    """Whether training on a device is torch's own, without a backend plugin: `cpu`, `cuda`, `cuda:1`."""
+    return device.partition(":")[0] in ("cpu", "cuda")
 
 
 def of_training(device: str, aggregate: str = "") -> tuple[registry.Loaded, ...]:
     """The plugins behind `--aggregate` and `--device`. PluginError for one that cannot do its part."""
     found = [registry.get(aggregate, "aggregate")] if aggregate else []
-    if device.partition(":")[0] not in TORCH:
+    if not is_torch(device):
         backend = registry.get(device)
         if "edgellm_objective" not in backend.hooks:
             can = ", ".join(backend.stages) or ", ".join(backend.hooks)

@@ -3,9 +3,9 @@
     python cookbook/benchmarks/compare.py --work runs/compare tune
     python cookbook/benchmarks/compare.py --work runs/compare forwards time bytes memory
 
-SmolLM2-135M, a spam filter and TREC questions, 256 examples to train on. All arms train the same tensors, LoRA-FA's B
+SmolLM2-135M, a spam filter and TREC questions, 1024 examples to train on. All arms train the same tensors, LoRA-FA's B
 on down_proj of the last layer, and `lora`, back-propagation, its A as well. `tune` gives every arm three learning
-rates, part of the budget and a seed of its own, and keeps the one with the lowest held-out loss. The comparisons are
+rates and a seed of its own, and keeps the one with the lowest held-out loss. The comparisons are
 `edgellm bench compare` at equal forwards, seconds, bytes and memory. All runs are kept in --work: what is there is not
 run again, and `--work`/KIND/TASK/report.html is the page to look at.
 """
@@ -31,16 +31,16 @@ MODEL = "smollm2-135m"
 SET = {"layers": 1, "rank": 16, "alpha": 32.0, "targets": "down_proj", "batch_size": 16, "max_length": 96}
 # The names that are shown: plugin, options, learning rates tried.
 ARMS: dict[str, tuple[str, dict[str, Any], tuple[float, ...]]] = {
-    "mezo": ("mezo", {"probes": 1}, (0.03, 0.1, 0.3)),
-    "fzoo": ("fzoo", {}, (0.03, 0.1, 0.3)),
+    "mezo": ("mezo", {"probes": 1}, (0.1, 0.3, 1.0)),
+    "fzoo": ("fzoo", {}, (0.1, 0.3, 1.0)),
     "lozo": ("lozo", {"probes": 1}, (0.01, 0.03, 0.1)),
     "grzo": ("grzo", {}, (0.03, 0.1, 0.3)),
     "p-rge": ("p-rge", {}, (0.1, 0.3, 1.0)),
     "fwdllm": ("fwdllm", {"optimizer": "adam"}, (0.01, 0.03, 0.1)),
-    "fedkseed": ("fedkseed", {}, (0.03, 0.1, 0.3)),
+    "fedkseed": ("fedkseed", {}, (0.1, 0.3, 1.0)),
     "lora": ("lora", {}, (0.001, 0.003, 0.01)),
 }
-TRAIN, HELD_OUT = 256, 128
+TRAIN, HELD_OUT = 1024, 128
 TASKS = {"sms-spam": SMS_PROMPT, "trec": TREC_PROMPT}
 KINDS: dict[str, dict[str, Any]] = {
     "forwards": {"equal": "forwards", "budget": 1000},
@@ -153,7 +153,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--tuning-forwards", type=float, default=600)
+    parser.add_argument("--tuning-forwards", type=float, default=1000)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "compare.json")
     asked = parser.parse_args()
     asked.work.mkdir(parents=True, exist_ok=True)

@@ -45,10 +45,15 @@ static inline uint16_t nearest(uint32_t bits) {
     return (bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : (uint16_t)rounded;
 }
 
+/* To bfloat16: up in size with the probability that keeps the mean. What is zero stays so. */
+static inline uint16_t randomly(uint32_t bits, uint16_t random) {
+    return (bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : (uint16_t)((bits + random) >> 16);
+}
+
 #define SAME(x) (x)
 #define NEAREST(x) nearest(bits_of(x))
 #define ADDED(x, random) (x)
-#define RANDOMLY(x, random) nearest(bits_of(x) + (uint32_t)(random) - 0x8000)
+#define RANDOMLY(x, random) randomly(bits_of(x), random)
 
 /* 1 for a weight that moves, else 0. Without a limit the compiler makes a loop that does not ask. */
 #define KEPT(x) (limit < INFINITY ? (float)(fabsf(x) <= limit) : 1.0f)

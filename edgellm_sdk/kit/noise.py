@@ -45,7 +45,7 @@ ADAM_EPSILON = 1e-8
 @lru_cache(maxsize=len(KINDS))
 def noise_id(kind: str) -> str:
     """What an Update must name so that its seeds can be replayed: the scheme, and a checksum of this machine's bank."""
-    return f"bank20-{kind}/1/{zlib.crc32(bank(kind).tobytes()):08x}"
+    return f"bank20-{kind}/2/{zlib.crc32(bank(kind).tobytes()):08x}"
 
 
 @lru_cache(maxsize=len(KINDS))
@@ -263,21 +263,23 @@ class Noise:
     def add(self, part: Tensor, total: Tensor, kept: float, place: int) -> None:
         """part = kept * part + total in float32, then rounded to part's dtype, a 16-bit one stochastically.
 
-        Adding an integer drawn uniformly from [-half, half) of the dropped bits and rounding to the nearest goes up
-        with the probability that keeps the mean.
+        Adding an integer drawn uniformly from all values of the dropped bits, and dropping them, goes up in size with the
+        probability that keeps the mean; what is zero stays so.
         """
         dtype = part.dtype
         if dtype == torch.float32:
             (part.mul_(kept) if kept != 1 else part).add_(total)
             return
-        new = torch.add(
-            part * kept if kept != 1 else part, total, out=self._scratch[2, : part.numel()].view(part.shape)
-        )
+        new = self._scratch[2, : part.numel()].view(part.shape)
+        if kept == 1:
+            torch.add(part, total, out=new)
+        else:
+            new.copy_(part).mul_(kept).add_(total)
         dropped = 23 - round(-math.log2(torch.finfo(dtype).eps))
         if dropped not in self._rounding:
-            uniform = torch.from_numpy(rounding_bank() >> (16 - dropped)).to(self.device)
-            self._rounding[dropped] = uniform - (1 << dropped - 1)
-        new.view(torch.int32).view(-1).add_(self._rounding[dropped][place : place + new.numel()])
+            self._rounding[dropped] = torch.from_numpy(rounding_bank() >> (16 - dropped)).to(self.device)
+        bits = new.view(torch.int32).view(-1)
+        bits.add_(self._rounding[dropped][place : place + bits.numel()]).bitwise_and_(-1 << dropped)
         part.copy_(new)
 
 

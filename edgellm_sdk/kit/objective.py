@@ -11,6 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from edgellm_sdk.companions import is_torch
 from edgellm_sdk.context import Context
 from edgellm_sdk.errors import ConfigError
 from edgellm_sdk.kit.adapters import Spec
@@ -123,7 +124,7 @@ def _open(
     share: int,
     goal: Goal,
 ) -> Objective:
-    if ctx.device.partition(":")[0] in ("cpu", "cuda"):
+    if is_torch(ctx.device):
         from edgellm_sdk.kit.frozen import Frozen
 
         budget = min(hidden_memory << 20, ctx.memory if ctx.memory is not None else 1 << 62)

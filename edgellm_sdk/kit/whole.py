@@ -72,6 +72,7 @@ class Whole:
         size = max((p.numel() for p in inner), default=0)
         columns = self._head.weight.shape[1]
         self._scratch = torch.empty(max(size, HEAD_ROWS * columns), dtype=loaded.dtype, device=self.device)
+        self._parts = [(module, self._places(module)) for module in self._inner()]
         self._stops = answers.stop_ids(self.model, self.tokenizer)
 
     @torch.no_grad()
@@ -97,37 +98,48 @@ class Whole:
             if module not in (self._embed, self._head) and next(module.parameters(recurse=False), None) is not None:
                 yield module
 
+    def _places(self, module: nn.Module) -> list[tuple[str, nn.Parameter, Tensor]]:
+        """A module's own parameters: name, parameter, and where in the scratch it is shifted to."""
+        own, used = list(module.parameters(recurse=False)), 0
+        found = []
+        for parameter in own:
+            out = self._scratch[used : used + parameter.numel()].view(parameter.shape)
+            used += parameter.numel()
+            found.append((self._names[id(parameter)], parameter, out))
+        return found
+
     @contextmanager
     def _shifted(self, shift: Shift) -> Iterator[None]:
         """Every module computes with shifted weights inside this block."""
 
-        def run(module: nn.Module, *inputs: Any, **keywords: Any) -> Any:
-            own, used = list(module.named_parameters(recurse=False)), 0
-            held = [parameter.data for _, parameter in own]
-            for _, parameter in own:
-                out = self._scratch[used : used + parameter.numel()].view(parameter.shape)
-                used += parameter.numel()
-                parameter.data = shift.weight(self._names[id(parameter)], parameter.data, out)
-            try:
-                return type(module).forward(module, *inputs, **keywords)
-            finally:
-                for (_, parameter), data in zip(own, held, strict=True):
-                    parameter.data = data
+        def shifted(module: nn.Module, own: list[tuple[str, nn.Parameter, Tensor]]) -> Any:
+            forward = type(module).forward
+
+            def run(*inputs: Any, **keywords: Any) -> Any:
+                held = [parameter.data for _, parameter, _ in own]
+                for (name, parameter, out), data in zip(own, held, strict=True):
+                    parameter.data = shift.weight(name, data, out)
+                try:
+                    return forward(module, *inputs, **keywords)
+                finally:
+                    for (_, parameter, _), data in zip(own, held, strict=True):
+                        parameter.data = data
+
+            return run
 
         def look_up(module: nn.Module, ids: Tensor) -> Tensor:
             weight: Any = module.weight
             unique, place = torch.unique(ids, return_inverse=True)
             return shift.rows(self._names[id(weight)], weight.data, unique)[place]
 
-        modules = list(self._inner())
-        for module in modules:
-            module.forward = types.MethodType(run, module)
-        self._embed.forward = types.MethodType(look_up, self._embed)
+        for module, own in self._parts:  # into __dict__: nn.Module's own assignment takes 3 us each
+            module.__dict__["forward"] = shifted(module, own)
+        self._embed.__dict__["forward"] = types.MethodType(look_up, self._embed)
         try:
             yield
         finally:
-            for module in (*modules, self._embed):
-                del module.forward
+            for module in (*(module for module, _ in self._parts), self._embed):
+                del module.__dict__["forward"]
 
     @contextmanager
     def _at(self, shift: Shift | Flips | None) -> Iterator[None]:

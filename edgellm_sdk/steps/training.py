@@ -79,7 +79,7 @@ def finetune(
     if dry_run:
         return step.plan()
     handle = models.resolve(model)
-    if device.partition(":")[0] not in companions.TORCH:
+    if not companions.is_torch(device):
         handle = models.as_file(handle, model)
     with step.own(resume) as done:
         if done is not None:

@@ -68,6 +68,7 @@ def test_the_wheel_holds_the_three_packages_and_their_files(tmp_path: Path) -> N
     for needed in (
         "edgellm_sdk/py.typed",
         "edgellm_sdk/assets/normal16.f32",
+        "edgellm_sdk/assets/sweeps.c",
         "edgellm_sdk/assets/sms_spam.csv.gz",
         "edgellm_sdk/assets/demo.toml",
         "edgellm_sdk/assets/report.schema.json",

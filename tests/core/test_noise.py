@@ -16,8 +16,8 @@ SHAPE = (SIZE // 5, 5)
 
 
 PINNED = {
-    "gaussian": ("bank20-gaussian/1/df49c715", "f174c88d35bb0215", "829cdd9a5c0d0b7b"),
-    "rademacher": ("bank20-rademacher/1/3ec07e4f", "ef521198dbc75285", "bfe4471e7aa43ebd"),
+    "gaussian": ("bank20-gaussian/2/df49c715", "f174c88d35bb0215", "829cdd9a5c0d0b7b"),
+    "rademacher": ("bank20-rademacher/2/3ec07e4f", "ef521198dbc75285", "bfe4471e7aa43ebd"),
 }
 PINNED_ROUNDING = "f1b6da5feeb38a7c"
 
@@ -136,3 +136,12 @@ def test_stochastic_rounding_keeps_the_mean_of_tiny_steps(dtype: torch.dtype) ->
     assert float(moved) == pytest.approx(10, abs=4 * 10**0.5 / 64)
     nearest = torch.full((count,), start, dtype=dtype)
     assert torch.equal((nearest.float() + spacing / 100).to(dtype), nearest)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_decay_below_the_spacing_of_a_16_bit_weight_is_kept_in_the_mean(dtype: torch.dtype) -> None:
+    """200 moves that shrink by 1e-3 each, where bfloat16 alone would lose every one of them."""
+    made, weight = Noise("gaussian", {"w": SIZE}), torch.full((SIZE,), 0.02, dtype=dtype)
+    for seed in range(200):
+        made.move(weight, "w", Move((seed,), (0.0,), decay=1e-3))
+    assert float(weight.float().mean()) == pytest.approx(float(torch.tensor(0.02, dtype=dtype)) * 0.999**200, rel=2e-3)

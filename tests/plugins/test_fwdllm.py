@@ -371,7 +371,7 @@ def paced(seed: int, folder: Path) -> tuple[list[float], list[float]]:
             gradients.append((slope @ v * v).astype(np.float32))
         arrays = {"loss": np.full(n, losses[-1], np.float32), "x": np.stack(gradients)}
         told = {"forwards": 2 * n, "dropped": 0}
-        update = Update("base", state.round + 1, "a", "gradients", arrays, 8, estimator.NOISE, told)
+        update = Update("base", state.round + 1, "a", "gradients", arrays, 8, estimator.noise_id(), told)
         assert method.screen([update], state) == {}
         state = method.aggregate(state, [update], config, ctx)
     places, wanted = zip(*ctx.curves["perturbations accepted over steps"], strict=True)

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from edgellm_plugins.zeroth_order import differences
+from edgellm_plugins.zeroth_order import differences, grzo
+from edgellm_plugins.zeroth_order.grzo import method as grzo_method
 from edgellm_plugins.zeroth_order.mezo import method as mezo_method
 from edgellm_plugins.zeroth_order.samplers import Dense, LowRank
 from edgellm_plugins.zeroth_order.space import Follower, Full
@@ -32,6 +33,7 @@ from seed_method_cases import (
 
 from edgellm_sdk import models
 from edgellm_sdk.config import build
+from edgellm_sdk.context import Context
 from edgellm_sdk.errors import ConfigError, ModelError
 from edgellm_sdk.kit import noise
 from edgellm_sdk.kit.noise import Move
@@ -71,6 +73,34 @@ def test_bad_losses_are_dropped_and_equal_ones_move_nothing() -> None:
     log = Log()
     log.append([1, 2, 3], still.scalars.tolist(), 0.1)
     assert len(log) == 1 and move(log, 0, options("fzoo")).seeds == ()
+    lost = iter([1.0, np.nan, 2.0, np.inf])
+    one = differences.normalised(0.5)(vector(lambda x: next(lost), 4), "b", no_data, [1, 2, 3])  # type: ignore[arg-type]
+    assert not one.scalars.any() and one.dropped == 2 and one.loss == 1.5
+
+
+@pytest.mark.parametrize("train", BOTH)
+@pytest.mark.parametrize("name", [*METHODS, "grzo"])
+def test_a_step_along_nothing_still_decays(name: str, train: str, handle: ModelHandle, tmp_path: Path) -> None:
+    """A lost step's move has no directions; every tensor shrinks, and in bfloat16 in the mean."""
+    if name == "p-rge" and train == "full":
+        pytest.skip("p-rge trains small sets")
+    if name == "sparse-mezo" and train == "lora-fa":
+        train = "layers"
+    config, method = (grzo.Config, grzo_method.METHOD) if name == "grzo" else METHODS[name]
+    made = config(
+        train=train, layers=1, rank=4, weight_decay=0.1, precision="bfloat16", share=0.5 if name != "lozo" else 1.0
+    )
+    space = method.space(handle, made, Context(tmp_path, seed=7, rounds=4))
+    theta = (
+        space.whole.parameters if isinstance(space, Full) else {n: torch.from_numpy(v) for n, v in space.theta.items()}
+    )
+    before = {n: w.detach().float().clone() for n, w in theta.items()}
+    follower = Follower(space)
+    for t in range(20):
+        follower.step(t, Move((), (), decay=0.05))
+    for n, w in theta.items():
+        wanted = before[n] * 0.95**20
+        assert float((w.detach().float() - wanted).norm()) <= 0.02 * float(before[n].norm()), n
 
 
 @pytest.mark.parametrize("rule", ["momentum", "adam"])

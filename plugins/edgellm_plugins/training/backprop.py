@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from edgellm_plugins.aggregation import fedavg
 from edgellm_plugins.aggregation.fedavg import method as averaging
 from edgellm_plugins.training.options import Options
+from edgellm_sdk.companions import is_torch
 from edgellm_sdk.context import Context
 from edgellm_sdk.errors import ConfigError, DataError, FederationError
 from edgellm_sdk.kit import adapters
@@ -47,7 +48,7 @@ def frozen_base(
     model: ModelHandle, spec: adapters.Spec, ctx: Context, precision: str, hidden_memory: int, max_length: int
 ) -> Frozen:
     """The frozen base with `spec`'s tensors in it, made once per process. ConfigError on a device without autograd."""
-    if ctx.device.partition(":")[0] not in ("cpu", "cuda"):
+    if not is_torch(ctx.device):
         raise ConfigError(f"{ctx.device} cannot back-propagate", "device", "use cpu or cuda")
     frozen: Any = objective(model, spec, ctx, precision, hidden_memory, max_length)
     if frozen.trainables.lowest == 0:

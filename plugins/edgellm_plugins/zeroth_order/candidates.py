@@ -32,7 +32,7 @@ from edgellm_plugins.zeroth_order.samplers import Dense
 from edgellm_plugins.zeroth_order.trajectory import sgd
 from edgellm_sdk import random
 from edgellm_sdk.context import Context
-from edgellm_sdk.errors import DataError, ModelError
+from edgellm_sdk.errors import ModelError
 from edgellm_sdk.kit.noise import Move
 from edgellm_sdk.types import Array, Assignment, Dataset, Float32, ModelHandle, State, Update
 
@@ -90,9 +90,7 @@ class CandidateMethod(SpaceMethod):
         self, model: ModelHandle, data: Dataset, assignment: Assignment, options: Candidates, ctx: Context
     ) -> Update:
         """Catch up, then MeZO steps along candidate seeds."""
-        if not len(data):
-            raise DataError("has no examples", assignment.client)
-        follower, noise = self.checked(model, assignment, options, ctx)
+        follower, noise = self.checked(model, data, assignment, options, ctx)
         if any(array.shape != (options.seeds,) for array in assignment.arrays.values()):
             raise ModelError(
                 f"the log is not one of {options.seeds} seeds", assignment.client, "use the server's --seeds"

@@ -16,6 +16,7 @@ from torch import Tensor
 from edgellm_plugins.zeroth_order.options import Small as SmallOptions
 from edgellm_plugins.zeroth_order.samplers import Sampler
 from edgellm_plugins.zeroth_order.space import Follower, Full, Small, Space
+from edgellm_sdk.companions import is_torch
 from edgellm_sdk.context import Context
 from edgellm_sdk.errors import ConfigError, DataError, ModelError
 from edgellm_sdk.kit import adapters
@@ -114,8 +115,13 @@ class SpaceMethod(ABC):
         """Candidates of a small set in one call; 0 leaves it to the objective."""
         return 0
 
-    def checked(self, model: ModelHandle, assignment: Assignment, options: Any, ctx: Context) -> tuple[Follower, str]:
-        """The live model and its noise; ModelError when the assignment belongs to another model or noise."""
+    def checked(
+        self, model: ModelHandle, data: Dataset, assignment: Assignment, options: Any, ctx: Context
+    ) -> tuple[Follower, str]:
+        """The live model and its noise; ModelError when the assignment belongs to another model or noise, DataError
+        when there is nothing to train on."""
+        if not len(data):
+            raise DataError("has no examples", assignment.client)
         follower = self.follower(model, options, ctx)
         noise, theirs = self.noise(model, options, ctx), str(assignment.scalars.get("noise"))
         if assignment.base != model.digest:
@@ -144,7 +150,7 @@ class SpaceMethod(ABC):
 
 def on_torch(ctx: Context) -> None:
     """ConfigError unless the run's device is torch's."""
-    if ctx.device.partition(":")[0] not in ("cpu", "cuda"):
+    if not is_torch(ctx.device):
         fix = "use --device cpu, or train a small set of tensors"
         raise ConfigError(f"{ctx.device} evaluates adapters only, not whole models", "device", fix)
 

@@ -55,12 +55,11 @@ def _one_sided(
     eps: float, normal: bool, space: Space, name: str, make: Callable[[], Dataset], seeds: Sequence[int]
 ) -> Probe:
     values = space.losses(name, make, [(seeds[0], 0.0), *((seed, eps) for seed in seeds)])
-    rises = values[1:] - values[0]
+    with np.errstate(invalid="ignore"):
+        rises = values[1:] - values[0]
     if not normal:
         return _mean(rises / eps, values)
-    finite = values[1:][np.isfinite(values[1:])]
-    spread = float(finite.std(ddof=1)) if len(finite) > 1 else 0.0
-    return _mean(rises / spread if spread > 0 else np.zeros_like(rises), values)
+    return _mean(_standardised(rises), values)
 
 
 def per_example(eps: float) -> Estimate:

@@ -24,8 +24,9 @@ Loss: TypeAlias = Callable[[Arrays, Sequence[Arrays], Sequence[float]], Array]
 """(theta, directions, steps) -> losses at theta + steps[k] * directions[k], (n,) float64."""
 
 
-NOISE = noise.noise_id("gaussian")
-"""What an Update names, so that its directions can be drawn again."""
+def noise_id() -> str:
+    """What an Update names, so that its directions can be drawn again."""
+    return noise.noise_id("gaussian")
 
 
 def part(name: str, elements: int, pool: int, index: int) -> Float32:

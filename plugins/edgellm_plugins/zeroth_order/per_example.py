@@ -110,7 +110,7 @@ class PerExample:
             s, r = self.signs(name, (rows, columns), [move.seeds[k] for k in chosen], torch.float64)
             a = torch.from_numpy(_exactly([move.first[k] for k in chosen])).to(self.device)
             factors.append((base, (s * a[:, None]).T, r))
-        if not factors:
+        if not factors and not move.decay:
             return
         flat, kept = weight.view(rows, columns), float(np.float32(1 - move.decay))
         width = min(columns, noise.BLOCK)

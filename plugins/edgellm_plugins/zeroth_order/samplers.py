@@ -117,16 +117,15 @@ class Dense:
     def move(self, name: str, weight: Tensor, move: Move) -> None:
         if self.share < 1:
             kept = [k for k, seed in enumerate(move.seeds) if self.active(name, seed)]
+            if not kept and not move.decay:
+                return
             move = replace(
                 move,
-                seeds=tuple(move.seeds[k] for k in kept),
-                first=tuple(move.first[k] for k in kept),
+                seeds=tuple(move.seeds[k] for k in kept) or move.seeds[:1],
+                first=tuple(move.first[k] for k in kept) or (0.0,),
                 second=tuple(move.second[k] for k in kept) if move.second else (),
             )
-        if move.seeds:
-            self.noise.move(weight, name, move, self._limit(name))
-        elif move.decay:
-            weight.mul_(float(np.float32(1 - move.decay)))
+        self.noise.move(weight, name, move, self._limit(name))
 
     def draw(self, name: str, theta: Float32, seed: int) -> Float32:
         if not self.active(name, seed):
@@ -253,8 +252,7 @@ class LowRank:
             left = new if held is None else held.mul_(self.momentum).add_(new)
             self._left_momentum[name] = left
         height = max(1, noise.BLOCK // weight.shape[1])
-        rounded = move if move.seeds else replace(move, seeds=(0,))
-        rounding = noise.rounding_places(rounded, f"{name}/U", -(-len(weight) // height))
+        rounding = noise.rounding_places(move, f"{name}/U", -(-len(weight) // height))
         for k, begin in enumerate(range(0, len(weight), height)):
             total = self._product(left[begin : begin + height], self.basis(name))
             self._dense.noise.add(weight[begin : begin + height], total, float(np.float32(1 - move.decay)), rounding[k])

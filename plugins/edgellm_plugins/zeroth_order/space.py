@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -267,8 +267,10 @@ class Follower:
         """One move, the t-th; where that leads is known after `goto` or `arrived`."""
         self._at = None
         self.aim(t)
-        if move.seeds or move.decay:
+        if move.seeds:
             self.space.step(move)
+        elif move.decay:
+            self.space.step(replace(move, seeds=(t,), first=(0.0,)))  # along nothing, with bits to round by
 
     def arrived(self, moves: Sequence[Move]) -> None:
         """The steps taken since `goto` were the last of `moves`."""

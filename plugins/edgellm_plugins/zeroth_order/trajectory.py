@@ -23,7 +23,7 @@ from edgellm_plugins.zeroth_order.clients import Probe, SpaceMethod, advanced, m
 from edgellm_plugins.zeroth_order.options import Options
 from edgellm_plugins.zeroth_order.space import Space
 from edgellm_sdk.context import Context
-from edgellm_sdk.errors import ConfigError, DataError
+from edgellm_sdk.errors import ConfigError
 from edgellm_sdk.kit.noise import Move
 from edgellm_sdk.kit.scoring import Goal
 from edgellm_sdk.types import Array, Assignment, Dataset, ModelHandle, State, Update
@@ -195,9 +195,7 @@ class SeedMethod(SpaceMethod):
         self, model: ModelHandle, data: Dataset, assignment: Assignment, options: Options, ctx: Context
     ) -> Update:
         """A client's local steps from the theta that the log describes."""
-        if not len(data):
-            raise DataError("has no examples", assignment.client)
-        follower, noise = self.checked(model, assignment, options, ctx)
+        follower, noise = self.checked(model, data, assignment, options, ctx)
         log, alone = Log.of(assignment.arrays), bool(assignment.scalars["alone"])
         follower.goto(self.moves(assignment.arrays, assignment.scalars, options), come_back=not alone)
         began, found, estimate = len(log), [], self.estimate(options)

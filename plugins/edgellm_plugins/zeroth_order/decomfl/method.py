@@ -27,7 +27,7 @@ from edgellm_plugins.zeroth_order.samplers import Dense
 from edgellm_plugins.zeroth_order.trajectory import sgd
 from edgellm_sdk import random, store
 from edgellm_sdk.context import Context
-from edgellm_sdk.errors import DataError, ModelError
+from edgellm_sdk.errors import ModelError
 from edgellm_sdk.kit.noise import Move
 from edgellm_sdk.types import Array, Assignment, Dataset, ModelHandle, State, Update
 
@@ -74,9 +74,7 @@ class DeComFL(SpaceMethod):
         self, model: ModelHandle, data: Dataset, assignment: Assignment, options: Config, ctx: Context
     ) -> Update:
         """Catch up, take K steps along the shared directions, report the scalars."""
-        if not len(data):
-            raise DataError("has no examples", assignment.client)
-        follower, noise = self.checked(model, assignment, options, ctx)
+        follower, noise = self.checked(model, data, assignment, options, ctx)
         history = self.history(assignment, ctx)
         follower.goto(self.moves({"scalar": history}, assignment.scalars, options), come_back=True)
         estimate, found = differences.one_sided(options.step), []

@@ -137,7 +137,7 @@ def finetune(model: ModelHandle, data: Dataset, assignment: Assignment, config: 
         gradients = [estimator.scaled(v, float(j)) for v, j in zip(directions, estimate.jvp, strict=True)]
         arrays |= {name: np.stack([g[name] for g in gradients]) for name in theta}
     kind = "seeds" if config.wire == "seeds" else "gradients"
-    rng = estimator.NOISE
+    rng = estimator.noise_id()
     scalars = {"forwards": estimate.forwards, "dropped": estimate.dropped}
     return Update(assignment.base, assignment.round, assignment.client, kind, arrays, len(data), rng, scalars)
 
@@ -153,7 +153,7 @@ def screen(updates: Sequence[Update], state: State) -> dict[str, str]:
             expected |= {name: (n, *value.shape) for name, value in theta.items()}
         found = {name: array.shape for name, array in update.arrays.items()}
         forwards, dropped = update.scalars.get("forwards"), update.scalars.get("dropped")
-        if update.rng != estimator.NOISE:
+        if update.rng != estimator.noise_id():
             reasons[update.client] = f"seeds of noise {update.rng[:40]!r} cannot be replayed"
         elif n == 0 or found != expected or any(a.dtype != np.float32 for a in update.arrays.values()):
             reasons[update.client] = "does not carry the arrays it was asked for"
