@@ -263,8 +263,8 @@ class Noise:
     def add(self, part: Tensor, total: Tensor, kept: float, place: int) -> None:
         """part = kept * part + total in float32, then rounded to part's dtype, a 16-bit one stochastically.
 
-        Adding an integer drawn uniformly from all values of the dropped bits, and dropping them, goes up in size with the
-        probability that keeps the mean; what is zero stays so.
+        Adding an integer drawn uniformly from all values of the dropped bits, and dropping them, goes up in size with
+        the probability that keeps the mean; what is zero stays so.
         """
         dtype = part.dtype
         if dtype == torch.float32:
