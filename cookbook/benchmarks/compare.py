@@ -29,13 +29,15 @@ from edgellm_sdk.steps.comparison import Arm
 
 MODEL = "smollm2-135m"
 SET = {"layers": 1, "rank": 16, "alpha": 32.0, "targets": "down_proj", "batch_size": 16, "max_length": 96}
+# The learning rate falls linearly to 0, as it does in fwdllm and lora; FedKSeed's sums have one for all rounds.
+FALLING = {"schedule": "linear"}
 # The names that are shown: plugin, options, learning rates tried.
 ARMS: dict[str, tuple[str, dict[str, Any], tuple[float, ...]]] = {
-    "mezo": ("mezo", {"probes": 1}, (0.1, 0.3, 1.0)),
-    "fzoo": ("fzoo", {}, (0.1, 0.3, 1.0)),
-    "lozo": ("lozo", {"probes": 1}, (0.01, 0.03, 0.1)),
-    "grzo": ("grzo", {}, (0.03, 0.1, 0.3)),
-    "p-rge": ("p-rge", {}, (0.1, 0.3, 1.0)),
+    "mezo": ("mezo", {"probes": 1} | FALLING, (0.1, 0.3, 1.0)),
+    "fzoo": ("fzoo", FALLING, (0.1, 0.3, 1.0)),
+    "lozo": ("lozo", {"probes": 1} | FALLING, (0.03, 0.1, 0.3)),
+    "grzo": ("grzo", FALLING, (0.1, 0.3, 1.0)),
+    "p-rge": ("p-rge", FALLING, (0.1, 0.3, 1.0)),
     "fwdllm": ("fwdllm", {"optimizer": "adam"}, (0.01, 0.03, 0.1)),
     "fedkseed": ("fedkseed", {}, (0.1, 0.3, 1.0)),
     "lora": ("lora", {}, (0.001, 0.003, 0.01)),
