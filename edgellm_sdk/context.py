@@ -31,7 +31,8 @@ class Progress:
 @dataclass
 class Context:
     """`folder` is where this step writes, `memory` a budget in bytes, `deadline` a `time.monotonic()` value, `rounds`
-    the number planned. A hook is given its own plugin's config; a wrapper finds its own under its name in `configs`.
+    the number planned, `hidden` a folder for hidden states that later runs may take up. A hook is given its own
+    plugin's config; a wrapper finds its own under its name in `configs`.
     """
 
     folder: Path
@@ -42,6 +43,7 @@ class Context:
     deadline: float | None = None
     quiet: bool = True
     rounds: int = 1
+    hidden: Path | None = None
     configs: dict[str, Any] = field(default_factory=dict)
     curves: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)

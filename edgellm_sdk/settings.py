@@ -34,6 +34,7 @@ class Finetune:
     dry_run: bool = opt(False, DRY_RUN)
     quorum: float = opt(0.5, "share of a round's clients that must answer", ge=0.01, le=1)
     memory: int = opt(0, "budget for what a method may keep in memory; 0 sets none", unit="MB", ge=0)
+    hidden: str = opt("", "folder that keeps frozen layers' hidden states for later runs; they tell of the texts")
     watch: int = opt(10, "measure on held-out data every so many rounds; 0 never", unit="rounds", ge=0)
 
 

@@ -26,6 +26,7 @@ from transformers import DynamicCache
 
 from edgellm_sdk.kit import adapters, answers, prompts, scoring
 from edgellm_sdk.kit.answers import Begun
+from edgellm_sdk.kit.hidden import Shelf
 from edgellm_sdk.random import Stream
 from edgellm_sdk.types import Array, Arrays, Dataset, Float32, Metric, ModelHandle
 
@@ -64,7 +65,8 @@ class Frozen:
     """The `Objective` in torch.
 
     `budget` bounds the kept hidden states, in bytes; `dtype` is that of the base, trainables stay float32; `share`
-    candidates go into one call, 0 chooses by batch size; `goal` is what `evaluate` gives.
+    candidates go into one call, 0 chooses by batch size; `goal` is what `evaluate` gives. Where nothing before the top
+    FFN trains, the folder `shelf` keeps hidden states for other processes.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class Frozen:
         max_length: int = 128,
         share: int = 0,
         goal: scoring.Goal = scoring.LOSS,
+        shelf: Path | None = None,
     ) -> None:
         loaded = handle.load(dtype=dtype, device=device)
         self.model, self.tokenizer = loaded.model, loaded.tokenizer
@@ -92,6 +95,8 @@ class Frozen:
         self.stops = answers.stop_ids(self.model, self.tokenizer)
         self._kept: OrderedDict[str, Kept | Begun] = OrderedDict()
         self._bytes = 0
+        made_by = f"{handle.digest} {loaded.dtype} {self.device.type} torch {torch.__version__}"
+        self._shelf = Shelf(shelf, made_by) if shelf is not None and self.rows_only else None
 
     @property
     def initial(self) -> Mapping[str, Float32]:
@@ -202,13 +207,18 @@ class Frozen:
                 rows.append(row)
                 columns.append(position - 1)
                 targets.append(example.tokens[position])
-        hidden, calls = self._record(tokens.to(self.device))
         at, where, wanted = (torch.tensor(values, device=self.device) for values in (rows, columns, targets))
-        kept = Kept(hidden, calls, at, where, wanted)
+
+        @torch.inference_mode()
+        def picked() -> Tensor:
+            hidden, calls = self._record(tokens.to(self.device))
+            return self._attended(Kept(hidden, calls, at, where, wanted), hidden, 1)
+
         if self.rows_only:
-            with torch.inference_mode():
-                kept = Kept(self._attended(kept, hidden, 1), [], at, where, wanted)
-        return kept
+            states = picked() if self._shelf is None else self._shelf.get(examples, picked).to(self.device)
+            return Kept(states, [], at, where, wanted)
+        hidden, calls = self._record(tokens.to(self.device))
+        return Kept(hidden, calls, at, where, wanted)
 
     @torch.inference_mode()
     def _record(self, tokens: Tensor, cache: Any = None) -> tuple[Tensor, list[dict[str, Any]]]:

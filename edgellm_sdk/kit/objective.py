@@ -128,7 +128,8 @@ def _open(
         from edgellm_sdk.kit.frozen import Frozen
 
         budget = min(hidden_memory << 20, ctx.memory if ctx.memory is not None else 1 << 62)
-        return Frozen(model, spec, ctx.stream("adapter"), precision, ctx.device, budget, max_length, share, goal)
+        stream = ctx.stream("adapter")
+        return Frozen(model, spec, stream, precision, ctx.device, budget, max_length, share, goal, ctx.hidden)
     if goal.name != "loss":
         raise ConfigError(f"{ctx.device} computes losses only, no {goal.title}", "objective", "use --device cpu")
     from edgellm_sdk import config, registry

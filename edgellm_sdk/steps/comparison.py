@@ -3,12 +3,15 @@
 An arm is a plugin with options. A pilot of a few rounds measures what a round of it costs; then each run gets the
 rounds that the budget pays for. Back-propagation counts 3 forwards for a step. What is compared is the state at the end
 of a run, on held-out data, with 95 % intervals over seeds, and the difference of each arm to the first, paired by seed.
+
+What frozen layers make of the data is computed by the first run and read by the others, so no method pays for it.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -27,6 +30,7 @@ from edgellm_sdk.types import Metric
 
 PILOT_ROUNDS = 3
 POINTS = 20
+HIDDEN = "hidden"
 SCORES = {"validation loss": "loss", "balanced accuracy": "accuracy"}
 # Student's t, two-sided 95 %, by degrees of freedom.
 _T95 = (math.inf, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
@@ -101,7 +105,9 @@ def compare(
     for arm in every:
         loaded = registry.get(arm.plugin, "finetune")
         config.build(loaded.plugin.config, arm.options, arm.plugin)
-    folder, common = Path(output), {k: asked[k] for k in ("model", "clients", "partition", "balance", "task_prompt")}
+    folder = Path(output)
+    common = {k: asked[k] for k in ("model", "clients", "partition", "balance", "task_prompt")}
+    common["hidden"] = str((folder / HIDDEN).absolute())
     report = Report.begin("bench compare", config=asked | {"arms": {arm.name: dict(arm.options) for arm in every}})
     ctx = Context(folder, quiet=quiet)
     tasks = _listed(data)
@@ -123,6 +129,7 @@ def compare(
                         given = common | {"data": task, "rounds": rounds, "watch": watch, "seed": seed}
                         runs.append(Run(arm.name, task, seed, _train(arm, given, where / str(seed))))
                         progress.advance(1, f"{arm.name}: seed {seed}")
+        shutil.rmtree(folder / HIDDEN, ignore_errors=True)
     report.finish(meter, ctx)
     _describe(report, runs, tasks, [arm.name for arm in every])
     report.write(folder)

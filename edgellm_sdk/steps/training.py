@@ -44,14 +44,16 @@ def finetune(
     dry_run: bool = False,
     quorum: float = 0.5,
     memory: int = 0,
+    hidden: str | Path = "",
     watch: int = 10,
     options: Mapping[str, Any] | None = None,
     quiet: bool = True,
 ) -> Outcome:
     """Federated fine-tuning in process: rounds over clients, then an adapter on the base model in `output/model`.
 
-    `rounds` 0 means 100; `clients_per_round` 0 means all; `memory` is a budget in MB, 0 for none; every `watch` rounds
-    the state is measured on held-out data (0: never). A stopped run goes on with `resume` and ends in the same bytes.
+    `rounds` 0 means 100; `clients_per_round` 0 means all; `memory` is a budget in MB, 0 for none; the folder
+    `hidden` keeps hidden states of frozen layers for later runs; every `watch` rounds the state is measured on held-out
+    data (0: never). A stopped run goes on with `resume` and ends in the same bytes.
     `options` are the method's; those of the `device` and of the plugin that aggregates are tables in it, under their
     names: `{"rank": 4, "llama_cpp": {"contexts": 2}}`.
     """
@@ -61,7 +63,7 @@ def finetune(
         "partition": partition, "seed": seed, "device": device, "aggregate": aggregate, "balance": balance,
         "task_prompt": task_prompt, "quorum": quorum, "watch": watch,
     }  # fmt: skip
-    config.build(settings.Finetune, asked | {"memory": memory}, "finetune")
+    config.build(settings.Finetune, asked | {"memory": memory, "hidden": str(hidden)}, "finetune")
     method = registry.get(plugin, "finetune")
     others = companions.of_training(device, aggregate)
     configs = companions.configs(method, others, options or {})
@@ -88,7 +90,7 @@ def finetune(
         with Meter() as meter:
             ctx = Context(
                 step.folder, seed, device, memory=memory << 20 or None, quiet=quiet, rounds=rounds,
-                configs=relay.configs,
+                configs=relay.configs, hidden=Path(hidden).expanduser() if hidden else None,
             )  # fmt: skip
             shards = {client: train.select(rows) for client, rows in indices.items()}
             plan = Plan(

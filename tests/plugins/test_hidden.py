@@ -1,0 +1,95 @@
+"""Hidden states kept on disk: the same bits, computed once, never another model's, and readable by their owner alone."""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import edgellm_sdk as edgellm
+from edgellm_sdk import models
+from edgellm_sdk.errors import StorageError
+from edgellm_sdk.kit import adapters
+from edgellm_sdk.kit.frozen import Frozen, Kept
+from edgellm_sdk.kit.prompts import Encoded
+from edgellm_sdk.random import Stream
+from edgellm_sdk.report import Report
+
+TOP = ("down_proj",)
+EXAMPLES: Sequence[Encoded] = [Encoded(tuple(range(1 + k, 12 + 2 * k)), 6 + k, k) for k in range(4)]
+
+
+def frozen(model: Path, shelf: Path | None, targets: Sequence[str] = TOP, dtype: str = "float32") -> Frozen:
+    spec = adapters.Spec("lora-fa", 1, 4, 8.0, tuple(targets))
+    return Frozen(models.resolve(str(model)), spec, Stream(0, "a"), dtype, shelf=shelf)
+
+
+def losses(live: Frozen, kept: Kept) -> list[float]:
+    live.trainables.set_one(live.initial)
+    return live._losses(kept, 1).tolist()
+
+
+def no_model(*_: Any) -> Any:
+    raise AssertionError("the model ran")
+
+
+def test_a_second_process_reads_what_the_first_computed(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = frozen(tiny_llama, None)
+    wanted = losses(plain, plain.prepare(EXAMPLES))
+    first = frozen(tiny_llama, tmp_path / "h")
+    assert losses(first, first.prepare(EXAMPLES)) == wanted
+    (file,) = (tmp_path / "h").iterdir()
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    second = frozen(tiny_llama, tmp_path / "h")
+    monkeypatch.setattr(second, "_record", no_model)
+    assert losses(second, second.prepare(EXAMPLES)) == wanted
+    with pytest.raises(AssertionError):
+        second.prepare(EXAMPLES[:3])
+
+
+@pytest.mark.parametrize("damage", [b"", b"\0" * 100, None])
+def test_what_cannot_be_read_is_computed_again(tiny_llama: Path, tmp_path: Path, damage: bytes | None) -> None:
+    live = frozen(tiny_llama, tmp_path)
+    wanted = losses(live, live.prepare(EXAMPLES))
+    (file,) = tmp_path.iterdir()
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-7] if damage is None else damage)
+    assert losses(live, live.prepare(EXAMPLES)) == wanted
+    assert file.read_bytes() == whole
+
+
+def test_another_model_precision_or_set_reads_nothing(make_tiny_llama: Any, tiny_llama: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "h"
+    made = [frozen(tiny_llama, folder), frozen(tiny_llama, folder, dtype="bfloat16")]
+    made.append(frozen(make_tiny_llama(tmp_path / "other", seed=5), folder))
+    for count, live in enumerate(made, 1):
+        live.prepare(EXAMPLES)
+        assert len(list(folder.iterdir())) == count
+    frozen(tiny_llama, folder, ("q_proj",)).prepare(EXAMPLES)  # it trains below what is kept
+    assert len(list(folder.iterdir())) == len(made)
+
+
+def test_a_full_disk_says_so(tiny_llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "h").write_text("a file")
+    with pytest.raises(StorageError):
+        frozen(tiny_llama, tmp_path / "h").prepare(EXAMPLES)
+
+
+def test_a_run_with_it_ends_in_the_same_bytes(tiny_llama: Path, tmp_path: Path) -> None:
+    data = tmp_path / "d.jsonl"
+    data.write_text("".join(f'{{"text": "a {i}", "label": "{"ab"[i % 2]}"}}\n' for i in range(16)))
+    settings = {"layers": 1, "rank": 4, "batch_size": 4, "steps": 2, "precision": "float32"}
+    ends = []
+    for name, folder in (("plain", ""), ("first", tmp_path / "h"), ("second", tmp_path / "h")):
+        out = edgellm.finetune(
+            "mezo", str(tiny_llama), str(data), tmp_path / name, rounds=2, options=settings, hidden=folder
+        )
+        ends.append((out.folder / "model" / "adapter_model.safetensors").read_bytes())
+        assert "hidden" not in Report.read(out.folder).config
+    assert ends[0] == ends[1] == ends[2]
+    assert list((tmp_path / "h").iterdir())
