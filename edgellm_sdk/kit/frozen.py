@@ -199,26 +199,30 @@ class Frozen:
 
     def prepare(self, examples: Sequence[prompts.Encoded]) -> Kept:
         """Run the frozen layers over right-padded `examples`."""
-        tokens = torch.zeros((len(examples), max(len(e.tokens) for e in examples)), dtype=torch.long)
         rows, columns, targets = [], [], []
         for row, example in enumerate(examples):
-            tokens[row, : len(example.tokens)] = torch.tensor(example.tokens)
             for position in range(max(example.start, 1), len(example.tokens)):
                 rows.append(row)
                 columns.append(position - 1)
                 targets.append(example.tokens[position])
         at, where, wanted = (torch.tensor(values, device=self.device) for values in (rows, columns, targets))
-
-        @torch.inference_mode()
-        def picked() -> Tensor:
-            hidden, calls = self._record(tokens.to(self.device))
-            return self._attended(Kept(hidden, calls, at, where, wanted), hidden, 1)
-
+        if self._shelf is not None:
+            states = [self._shelf.get(example, self._alone).to(self.device) for example in examples]
+            return Kept(torch.cat(states), [], at, where, wanted)
+        hidden, calls = self._record(answers.padded([e.tokens for e in examples]).to(self.device))
+        kept = Kept(hidden, calls, at, where, wanted)
         if self.rows_only:
-            states = picked() if self._shelf is None else self._shelf.get(examples, picked).to(self.device)
-            return Kept(states, [], at, where, wanted)
-        hidden, calls = self._record(tokens.to(self.device))
-        return Kept(hidden, calls, at, where, wanted)
+            with torch.inference_mode():
+                kept = Kept(self._attended(kept, hidden, 1), [], at, where, wanted)
+        return kept
+
+    def _alone(self, example: prompts.Encoded) -> Tensor:
+        """What the top FFN reads of an example that is its own batch: (its scored positions, H)."""
+        tokens = torch.tensor([example.tokens], device=self.device)
+        columns = torch.arange(max(example.start, 1) - 1, len(example.tokens) - 1, device=self.device)
+        hidden, calls = self._record(tokens)
+        with torch.inference_mode():
+            return self._attended(Kept(hidden, calls, torch.zeros_like(columns), columns, columns), hidden, 1)
 
     @torch.inference_mode()
     def _record(self, tokens: Tensor, cache: Any = None) -> tuple[Tensor, list[dict[str, Any]]]:

@@ -62,8 +62,9 @@ def finetune(
         "model": model, "data": data, "clients": clients, "rounds": rounds, "clients_per_round": clients_per_round,
         "partition": partition, "seed": seed, "device": device, "aggregate": aggregate, "balance": balance,
         "task_prompt": task_prompt, "quorum": quorum, "watch": watch,
+        "hidden": str(hidden),
     }  # fmt: skip
-    config.build(settings.Finetune, asked | {"memory": memory, "hidden": str(hidden)}, "finetune")
+    config.build(settings.Finetune, asked | {"memory": memory}, "finetune")
     method = registry.get(plugin, "finetune")
     others = companions.of_training(device, aggregate)
     configs = companions.configs(method, others, options or {})
