@@ -3,11 +3,11 @@
     python cookbook/benchmarks/compare.py --work runs/compare tune
     python cookbook/benchmarks/compare.py --work runs/compare forwards time bytes memory
 
-SmolLM2-135M, a spam filter and TREC questions, 1024 examples to train on. All arms train the same tensors, LoRA-FA's B
-on down_proj of the last layer, and `lora`, back-propagation, its A as well. `tune` gives every arm three learning
-rates and a seed of its own, and keeps the one with the lowest held-out loss. The comparisons are
-`edgellm bench compare` at equal forwards, seconds, bytes and memory. All runs are kept in --work: what is there is not
-run again, and `--work`/KIND/TASK/report.html is the page to look at.
+SmolLM2-135M, a spam filter and TREC questions, up to 1024 examples to train on. All arms train the same tensors,
+LoRA-FA's B on down_proj of the last layer, and `lora`, back-propagation, its A as well. `tune` gives every arm three
+learning rates, schedules if it has them, and a seed of its own, and keeps what ends at the lowest held-out loss. The
+comparisons are `edgellm bench compare` at equal forwards, seconds, bytes and memory. All runs are kept in --work: what
+is there is not run again, and `--work`/KIND/TASK/report.html is the page to look at.
 """
 
 from __future__ import annotations
@@ -30,26 +30,30 @@ from edgellm_sdk.steps.comparison import Arm
 MODEL = "smollm2-135m"
 # Rank 64: with a small one the loss depends on what A happens to project on, and methods drown in that.
 SET = {"layers": 1, "rank": 64, "alpha": 128.0, "targets": "down_proj", "batch_size": 16, "max_length": 96}
+# Rank 64: with a small one the loss depends on what A happens to project on, and methods drown in that.
+SET = {"layers": 1, "rank": 64, "alpha": 128.0, "targets": "down_proj", "batch_size": 16, "max_length": 96}
 # The learning rate falls linearly to 0, as it does in fwdllm and lora; FedKSeed's sums have one for all rounds.
 FALLING = {"schedule": "linear"}
-# The names that are shown: plugin, options, learning rates tried.
+# The names that are shown: plugin, options, learning rates tried, each constant and falling linearly to 0 where the
+# method has that choice (fwdllm and lora always fall, FedKSeed's sums have one rate for all rounds).
 ARMS: dict[str, tuple[str, dict[str, Any], tuple[float, ...]]] = {
-    "mezo": ("mezo", {"probes": 1} | FALLING, (0.03, 0.1, 0.3)),
-    "fzoo": ("fzoo", FALLING, (0.1, 0.3, 1.0)),
-    "grzo": ("grzo", FALLING, (0.03, 0.1, 0.3)),
-    "lozo": ("lozo", {"probes": 1} | FALLING, (0.01, 0.03, 0.1)),
-    "p-rge": ("p-rge", FALLING, (0.03, 0.1, 0.3)),
-    "fedkseed": ("fedkseed", {}, (0.03, 0.1, 0.3)),
-    "fwdllm": ("fwdllm", {"optimizer": "adam"}, (0.003, 0.01, 0.03)),
-    "lora": ("lora", {}, (0.0003, 0.001, 0.003)),
+    "mezo": ("mezo", {"probes": 1}, (0.03, 0.1, 0.3)),
+    "fzoo": ("fzoo", {}, (0.1, 0.3, 1.0)),
+    "grzo": ("grzo", {}, (0.03, 0.1, 0.3)),
+    "lozo": ("lozo", {"probes": 1}, (0.03, 0.1, 0.3)),
+    "p-rge": ("p-rge", {}, (0.03, 0.1, 0.3)),
+    "fedkseed": ("fedkseed", {}, (0.01, 0.03, 0.1)),
+    "fwdllm": ("fwdllm", {"optimizer": "adam"}, (0.03, 0.1, 0.3)),
+    "lora": ("lora", {}, (0.001, 0.003, 0.01)),
 }
+SCHEDULED = ("mezo", "fzoo", "grzo", "lozo", "p-rge")
 TRAIN, HELD_OUT = 1024, 128
 TASKS = {"sms-spam": SMS_PROMPT, "trec": TREC_PROMPT}
 KINDS: dict[str, dict[str, Any]] = {
     "forwards": {"equal": "forwards", "budget": 1000},
-    "time": {"equal": "time", "budget": 60},
+    "time": {"equal": "time", "budget": 30},
     "bytes": {"equal": "bytes", "budget": 1_200_000, "clients": 4, "partition": "dirichlet:0.5"},
-    "memory": {"equal": "memory", "budget": 1024, "seconds": 60},
+    "memory": {"equal": "memory", "budget": 1024, "seconds": 30},
 }
 TUNING_SEED = 100
 BACK_PROPAGATION = 3  # forwards of a step
@@ -97,43 +101,56 @@ def rounds_for(arm: str, forwards: float, options: Mapping[str, Any]) -> int:
     return max(1, int(forwards / (each * made.steps)))
 
 
-def tune(work: Path, names: Sequence[str], arms: Sequence[str], forwards: float) -> dict[str, dict[str, float]]:
-    """The best rate of each arm on each task; by final held-out loss."""
+def tried(arm: str) -> list[dict[str, Any]]:
+    """The options among which an arm's are chosen."""
+    schedules = [{"schedule": name} for name in ("constant", "linear")] if arm in SCHEDULED else [{}]
+    return [{"learning_rate": rate} | schedule for rate in ARMS[arm][2] for schedule in schedules]
+
+
+def tuning_run(work: Path, task: str, arm: str, options: Mapping[str, Any]) -> Path:
+    return (
+        work
+        / "tune"
+        / task
+        / "-".join([arm, *(f"{value:g}" if isinstance(value, float) else value for value in options.values())])
+    )
+
+
+def tune(work: Path, names: Sequence[str], arms: Sequence[str], forwards: float) -> list[dict[str, Any]]:
+    """Final held-out loss of every arm on every task with all that is tried."""
     for task, settings in prepared(work, names).items():
         for arm in arms:
-            plugin, given, rates = ARMS[arm]
-            for rate in rates:
-                options = SET | given | {"learning_rate": rate}
-                folder = work / "tune" / task / f"{arm} {rate:g}".replace(" ", "-").replace(",", "")
+            plugin, given, _ = ARMS[arm]
+            for chosen in tried(arm):
+                options, folder = SET | given | chosen, tuning_run(work, task, arm, chosen)
                 if not (folder / "report.json").is_file():
                     rounds = rounds_for(arm, forwards, options)
                     edgellm.finetune(
                         plugin, MODEL, output=folder, rounds=rounds, seed=TUNING_SEED, watch=rounds, options=options,
                         resume=folder.is_dir(), hidden=work / "hidden", **settings,
                     )  # fmt: skip
-                loss = Report.read(folder).metrics["validation loss"].value
-                print(task, arm, rate, round(loss, 4), flush=True)
-    return best(work)
+                print(task, arm, chosen, Report.read(folder).metrics["validation loss"].value, flush=True)
+    return tuning(work)
 
 
 def tuning(work: Path) -> list[dict[str, Any]]:
-    """task, arm, learning rate and final held-out loss of every tuning run there is."""
+    """task, arm, options and final held-out loss of every tuning run there is."""
     rows = []
-    for name, (_, _, rates) in ARMS.items():
-        for task in TASKS:
-            for rate in rates:
-                folder = work / "tune" / task / f"{name} {rate:g}".replace(" ", "-").replace(",", "")
+    for task in TASKS:
+        for arm in ARMS:
+            for chosen in tried(arm):
+                folder = tuning_run(work, task, arm, chosen)
                 if (folder / "report.json").is_file():
                     loss = Report.read(folder).metrics["validation loss"].value
-                    rows.append({"task": task, "arm": name, "learning_rate": rate, "loss": loss})
+                    rows.append({"task": task, "arm": arm, "options": chosen, "loss": loss})
     return rows
 
 
-def best(work: Path) -> dict[str, dict[str, float]]:
-    """task -> arm -> rate."""
-    found: dict[str, dict[str, float]] = {}
+def best(work: Path) -> dict[str, dict[str, dict[str, Any]]]:
+    """task -> arm -> the options with the lowest loss."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
     for row in sorted(tuning(work), key=lambda row: -row["loss"]):
-        found.setdefault(row["task"], {})[row["arm"]] = row["learning_rate"]
+        found.setdefault(row["task"], {})[row["arm"]] = row["options"]
     return found
 
 
@@ -141,10 +158,10 @@ def compare(work: Path, kind: str, names: Sequence[str], arms: Sequence[str], se
     """One comparison on each task, with that task's rates."""
     result: dict[str, Any] = {}
     for task, settings in prepared(work, names).items():
-        rates = best(work)[task]
-        made = [Arm(name, ARMS[name][0], SET | ARMS[name][1] | {"learning_rate": rates[name]}) for name in arms]
+        chosen = best(work)[task]
+        made = [Arm(name, ARMS[name][0], SET | ARMS[name][1] | chosen[name]) for name in arms]
         done = edgellm.compare("", MODEL, output=work / kind / task, arms=made, seeds=seeds, **settings, **KINDS[kind])
-        result[task] = {"rates": rates, "table": done.report.tables[0], "curves": done.report.curves}
+        result[task] = {"options": chosen, "table": done.report.tables[0], "curves": done.report.curves}
         print(done.report.tables[0], flush=True)
     return result
 
@@ -163,8 +180,7 @@ def main() -> None:
     result = store.read_json(asked.output) if asked.output.is_file() else {}
     for what in asked.what:
         if what == "tune":
-            print(json.dumps(tune(asked.work, asked.tasks, asked.arms, asked.tuning_forwards), indent=2))
-            result["tuning"] = tuning(asked.work)
+            result["tuning"] = tune(asked.work, asked.tasks, asked.arms, asked.tuning_forwards)
         else:
             result[what] = result.get(what, {}) | compare(asked.work, what, asked.tasks, asked.arms, asked.seeds)
         result |= {"command": "python cookbook/benchmarks/compare.py", "environment": environment()}

@@ -28,7 +28,7 @@ from edgellm_sdk.report import Meter, Report
 from edgellm_sdk.steps.step import Outcome
 from edgellm_sdk.types import Metric
 
-PILOT_ROUNDS = 3
+PILOT_ROUNDS, PILOT_GROWTH, PILOT_SHARE = 3, 8, 20
 POINTS = 20
 HIDDEN = "hidden"
 SCORES = {"validation loss": "loss", "balanced accuracy": "accuracy"}
@@ -43,6 +43,22 @@ class Arm:
     name: str
     plugin: str
     options: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Pilot:
+    """A short run that shows what rounds cost."""
+
+    report: Report
+    folder: Path
+    rounds: int
+
+    @property
+    def seconds(self) -> float:
+        """Of a round after the first."""
+        curves = self.report.curves.items()
+        times = next([x for x, _ in c] for n, c in curves if n.startswith("training ") and n.endswith(" over seconds"))
+        return max(1e-3, (times[-1] - times[0]) / (len(times) - 1))
 
 
 @dataclass(frozen=True)
@@ -117,9 +133,9 @@ def compare(
             for number, task in enumerate(tasks, 1):
                 for arm in every:
                     where = folder / "runs" / f"{number}-{_slug(arm.name)}"
-                    pilot = _train(arm, common | {"data": task, "rounds": PILOT_ROUNDS, "watch": 0}, where / "pilot")
+                    pilot = _pilot(arm, common | {"data": task}, where, equal, seconds if equal == "memory" else budget)
                     progress.advance(1, f"{arm.name}: pilot")
-                    rounds, needs = affordable(pilot, where / "pilot", equal, budget, seconds)
+                    rounds, needs = affordable(pilot, equal, budget, seconds)
                     if not rounds:
                         report.notes.append(f"{arm.name} on {Path(task).name} needs {needs} and is out")
                         progress.advance(seeds)
@@ -161,18 +177,32 @@ def _train(arm: Arm, given: Mapping[str, Any], folder: Path) -> Report:
     return Report.read(folder)
 
 
-def affordable(pilot: Report, folder: Path, equal: str, budget: float, seconds: float) -> tuple[int, str]:
+def _pilot(arm: Arm, given: Mapping[str, Any], where: Path, equal: str, budget: float) -> Pilot:
+    """A few rounds; where time counts, after one run for nothing, and more until they take a part of the budget."""
+    rounds = PILOT_ROUNDS
+    timed = equal in ("time", "memory")
+    while True:
+        names = ("warm-up", f"pilot-{rounds}") if timed and rounds == PILOT_ROUNDS else (f"pilot-{rounds}",)
+        for name in names:
+            report = _train(arm, {**given, "rounds": rounds, "watch": 0}, where / name)
+        pilot = Pilot(report, where / names[-1], rounds)
+        if not timed or pilot.seconds * rounds >= budget / PILOT_SHARE:
+            return pilot
+        rounds *= PILOT_GROWTH
+
+
+def affordable(pilot: Pilot, equal: str, budget: float, seconds: float) -> tuple[int, str]:
     """Rounds that the budget pays for, and what the first costs in words; 0 when that is too much.
 
     Bytes may grow with the rounds, as those of a log do: the growth from the second round to the third goes on.
     """
     if equal == "memory":
-        if pilot.peak_rss_bytes > budget * 2**20:
-            return 0, f"{pilot.peak_rss_bytes >> 20} MB"
+        if pilot.report.peak_rss_bytes > budget * 2**20:
+            return 0, f"{pilot.report.peak_rss_bytes >> 20} MB"
         equal, budget = "time", seconds
     if equal == "bytes":
         each = [0.0] * PILOT_ROUNDS
-        for row in Ledger(folder / "ledger.jsonl").rows():
+        for row in Ledger(pilot.folder / "ledger.jsonl").rows():
             each[row["round"] - 1] += row["down"] + row["up"]
         growth, rounds, spent = max(0.0, each[2] - each[1]), 0, each[0]
         while spent <= budget:
@@ -180,14 +210,9 @@ def affordable(pilot: Report, folder: Path, equal: str, budget: float, seconds: 
             spent += each[1] + (rounds - 1) * growth
         return rounds, f"{each[0]:.0f} bytes for a round"
     if equal == "forwards":
-        cost = pilot.metrics["forwards"].value / PILOT_ROUNDS
+        cost = pilot.report.metrics["forwards"].value / pilot.rounds
         return int(budget / cost), f"{cost:.0f} forwards for a round"
-    training = (
-        c for name, c in pilot.curves.items() if name.startswith("training ") and name.endswith(" over seconds")
-    )
-    times = [x for x, _ in next(training)]
-    cost = max(1e-3, (times[-1] - times[0]) / (len(times) - 1))
-    return int(budget / cost), f"{cost:.1f} s for a round"
+    return int(budget / pilot.seconds), f"{pilot.seconds:.1f} s for a round"
 
 
 def interval(values: Sequence[float]) -> tuple[float, float, float]:
