@@ -119,6 +119,19 @@ def snapshot(space: Any) -> dict[str, np.ndarray]:
     return {name: parameter.numpy().copy() for name, parameter in space.whole.parameters.items()}
 
 
+def live_bytes(run: Callable[[], object]) -> int:
+    """The most bytes that torch holds at once for what it allocates in `run`, after one run for nothing."""
+    run()
+    with torch.profiler.profile(profile_memory=True) as profile:
+        run()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]  # type: ignore[union-attr]
+    level = highest = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        level += event.nbytes()
+        highest = max(highest, level)
+    return highest
+
+
 # --- many directions at once
 
 

@@ -17,6 +17,7 @@ from edgellm_plugins.zeroth_order.mezo import method as mezo_method
 from edgellm_plugins.zeroth_order.p_rge import Config, method
 from edgellm_plugins.zeroth_order.space import Small
 from edgellm_plugins.zeroth_order.trajectory import Log, seeds_of
+from seed_method_cases import live_bytes
 
 from edgellm_sdk import config as options
 from edgellm_sdk import models, random
@@ -316,19 +317,7 @@ def test_a_candidate_costs_its_b_and_one_activation(handle: ModelHandle, tmp_pat
     wide = live.batch("tiled", lambda: data.select([0, 1] * 16))
     live.trainables.set_one(space.theta)
 
-    def peak(run: Callable[[], object]) -> int:
-        run()
-        with torch.profiler.profile(profile_memory=True) as profile:
-            run()
-        level = highest = 0
-        for event in sorted(
-            (e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()
-        ):
-            level += event.nbytes()
-            highest = max(highest, level)
-        return highest
-
-    plain = peak(lambda: live.logits(wide))
+    plain = live_bytes(lambda: live.logits(wide))
     z = [{n: space.sampler.draw(n, v, seed) for n, v in space.theta.items()} for seed in range(8)]
     theta = space.theta
 
@@ -337,7 +326,7 @@ def test_a_candidate_costs_its_b_and_one_activation(handle: ModelHandle, tmp_pat
 
     activation = 16 * 2 * kept.hidden.shape[1] * 128 * 4  # the FFN's width, the widest there is
     tiled_input = 16 * kept.nbytes
-    assert peak(candidates) <= plain + 16 * trained_bytes + activation + tiled_input
+    assert live_bytes(candidates) <= plain + 16 * trained_bytes + activation + tiled_input
 
 
 @pytest.mark.parametrize("bits", [4, 8])
