@@ -37,11 +37,11 @@ FALLING = {"schedule": "linear"}
 # The names that are shown: plugin, options, learning rates tried, each constant and falling linearly to 0 where the
 # method has that choice (fwdllm and lora always fall, FedKSeed's sums have one rate for all rounds).
 ARMS: dict[str, tuple[str, dict[str, Any], tuple[float, ...]]] = {
-    "mezo": ("mezo", {"probes": 1}, (0.03, 0.1, 0.3)),
-    "fzoo": ("fzoo", {}, (0.1, 0.3, 1.0)),
+    "mezo": ("mezo", {"probes": 1}, (0.01, 0.03, 0.1)),
+    "fzoo": ("fzoo", {}, (0.03, 0.1, 0.3)),
     "grzo": ("grzo", {}, (0.03, 0.1, 0.3)),
-    "lozo": ("lozo", {"probes": 1}, (0.03, 0.1, 0.3)),
-    "p-rge": ("p-rge", {}, (0.03, 0.1, 0.3)),
+    "lozo": ("lozo", {"probes": 1}, (0.01, 0.03, 0.1)),
+    "p-rge": ("p-rge", {}, (0.01, 0.03, 0.1)),
     "fedkseed": ("fedkseed", {}, (0.01, 0.03, 0.1)),
     "fwdllm": ("fwdllm", {"optimizer": "adam"}, (0.03, 0.1, 0.3)),
     "lora": ("lora", {}, (0.001, 0.003, 0.01)),
