@@ -1,12 +1,13 @@
 """The zeroth-order methods beside each other and beside back-propagation, each at the learning rate that suits it.
 
     python cookbook/benchmarks/compare.py --work runs/compare tune
-    python cookbook/benchmarks/compare.py --work runs/compare forwards time bytes memory
+    python cookbook/benchmarks/compare.py --work runs/compare forwards shuffled time bytes memory
 
 SmolLM2-135M, a spam filter and TREC questions, up to 1024 examples to train on. All arms train the same tensors,
 LoRA-FA's B on down_proj of the last layer, and `lora`, back-propagation, its A as well. `tune` gives every arm three
 learning rates, schedules if it has them, and a seed of its own, and keeps what ends at the lowest held-out loss. The
-comparisons are `edgellm bench compare` at equal forwards, seconds, bytes and memory. All runs are kept in --work: what
+comparisons are `edgellm bench compare` at equal forwards, seconds, bytes and memory, and, as a control, at equal
+forwards on shuffled labels. All runs are kept in --work: what
 is there is not run again, and `--work`/KIND/TASK/report.html is the page to look at.
 """
 
@@ -51,6 +52,7 @@ TRAIN, HELD_OUT = 1024, 128
 TASKS = {"sms-spam": SMS_PROMPT, "trec": TREC_PROMPT}
 KINDS: dict[str, dict[str, Any]] = {
     "forwards": {"equal": "forwards", "budget": 1000},
+    "shuffled": {"equal": "forwards", "budget": 1000},
     "time": {"equal": "time", "budget": 30},
     "bytes": {"equal": "bytes", "budget": 1_200_000, "clients": 4, "partition": "dirichlet:0.5"},
     "memory": {"equal": "memory", "budget": 1024, "seconds": 30},
@@ -71,6 +73,20 @@ def prepared(work: Path, names: Sequence[str]) -> dict[str, dict[str, Any]]:
             lines = (folder / "train.jsonl").read_text().splitlines(keepends=True)
             store.write_bytes(folder / "train.jsonl", "".join(lines[:TRAIN]).encode())
     return {name: {"data": str(work / name), "task_prompt": TASKS[name]} for name in names}
+
+
+def shuffled(data: str) -> str:
+    """A copy of a task whose training labels are permuted: who learns something from it has seen the held-out part."""
+    folder = Path(data)
+    copy = folder.with_name(f"{folder.name}-shuffled")
+    if not (copy / "train.jsonl").is_file():
+        rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
+        order = Stream(0, "shuffled labels").permutation(len(rows)).tolist()
+        mixed = [json.dumps(row | {"label": rows[i]["label"]}) + "\n" for row, i in zip(rows, order, strict=True)]
+        for name in ("test", "valid"):
+            store.write_bytes(copy / f"{name}.jsonl", (folder / f"{name}.jsonl").read_bytes())
+        store.write_bytes(copy / "train.jsonl", "".join(mixed).encode())
+    return str(copy)
 
 
 def messages(folder: Path) -> None:
@@ -159,6 +175,7 @@ def compare(work: Path, kind: str, names: Sequence[str], arms: Sequence[str], se
     result: dict[str, Any] = {}
     for task, settings in prepared(work, names).items():
         chosen = best(work)[task]
+        settings |= {"data": shuffled(settings["data"])} if kind == "shuffled" else {}
         made = [Arm(name, ARMS[name][0], SET | ARMS[name][1] | chosen[name]) for name in arms]
         done = edgellm.compare("", MODEL, output=work / kind / task, arms=made, seeds=seeds, **settings, **KINDS[kind])
         result[task] = {"options": chosen, "table": done.report.tables[0], "curves": done.report.curves}

@@ -38,7 +38,7 @@ from edgellm_sdk.errors import ConfigError, ModelError
 from edgellm_sdk.kit import noise
 from edgellm_sdk.kit.noise import Move
 from edgellm_sdk.kit.whole import Whole
-from edgellm_sdk.types import ModelHandle
+from edgellm_sdk.types import Dataset, Example, ModelHandle
 
 
 @pytest.fixture(scope="module")
@@ -332,6 +332,29 @@ def test_a_whole_model_learns_and_comes_out_as_a_model(handle: ModelHandle, tmp_
     fresh = Whole(tuned, "float32", max_length=128)
     assert fresh.measure(dataset())["validation loss"].value == pytest.approx(after, rel=1e-5)
     assert all(torch.equal(fresh.parameters[n], p) for n, p in space.whole.parameters.items())  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_what_is_learnt_is_in_the_labels(handle: ModelHandle, tmp_path: Path, seed: int) -> None:
+    """mezo.md check 9 in small: with its labels shuffled the same run learns nothing that holds for other messages."""
+    order = np.random.default_rng(seed).permutation(32)
+
+    def accuracy(labels: list[int]) -> float:
+        texts = [("win a prize now", "see you at dinner")[i % 2] + f" {i}" for i in range(64)]
+        rows = [
+            Example(({"role": "user", "content": text},), ("spam", "ham")[label], ("spam", "ham")[label])
+            for text, label in zip(texts, [*labels, *(i % 2 for i in range(32))], strict=True)
+        ]
+        data = Dataset(tuple(rows), f"{labels}", "toy", ("ham", "spam"))
+        config = options("mezo", steps=300, probes=4, learning_rate=0.2, batch_size=16, rank=16)
+        ctx = Context(tmp_path, seed=seed, rounds=1)
+        start = mezo_method.METHOD.initialise(handle, config, ctx)
+        one_round("mezo", handle, start, {"a": data.select(range(32))}, config, ctx)
+        space = mezo_method.METHOD.follower(handle, config, ctx).space
+        return space.measure(data.select(range(32, 64)))["balanced accuracy"].value
+
+    true = [i % 2 for i in range(32)]
+    assert accuracy(true) >= accuracy([true[i] for i in order]) + 0.2
 
 
 # --- settings that would train something else than they say
