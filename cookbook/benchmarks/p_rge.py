@@ -1,9 +1,11 @@
 """P-RGE on a CPU: seconds of a step with 2q candidates in one call, in two, in 2q; and loss against forward tokens.
 
     python cookbook/benchmarks/p_rge.py --part time --tokens 64 [--repeats 3]
-    python cookbook/benchmarks/p_rge.py --part loss --queries 4 [--steps 512] [--seeds 2]
+    python cookbook/benchmarks/p_rge.py --part one --tokens 64 --repeats 20
+    python cookbook/benchmarks/p_rge.py --part loss --queries 4 [--steps 512] [--seeds 3]
 
-SmolLM2-135M. Each part adds its figures to the one result file. Always q * B_e = 16, so that a step runs 32 rows.
+SmolLM2-135M. Each part adds its figures to the one result file. Always q * B_e = 16, so that a step runs 32 rows,
+but for `one`, where a single query of a single example is what a small device has room for.
 `time`: LoRA-FA, rank 16, on every linear layer, so that nothing of the model but its embeddings is kept between calls;
 examples of exactly `tokens` tokens; the ways take turns, the figure is the median. Drawing the directions is timed
 apart. `loss`: the last layer's down_proj (hidden states kept) on real messages, half of them spam; the same learning
@@ -17,6 +19,7 @@ import json
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +51,7 @@ def long_messages(count: int) -> Dataset:
     return Dataset(tuple(rows), "long", "long messages")
 
 
-def timed(tokens: int, repeats: int) -> dict[str, Any]:
+def timed(tokens: int, repeats: int, rule: Sequence[tuple[int, int]]) -> dict[str, Any]:
     spec = adapters.Spec("lora-fa", 0, 16, 32.0, TARGETS)
     frozen = Frozen(models.resolve("smollm2-135m"), spec, Stream(0, "adapter"), "auto", max_length=tokens)
     theta, data = frozen.initial, long_messages(16)
@@ -57,7 +60,7 @@ def timed(tokens: int, repeats: int) -> dict[str, Any]:
     assert {len(row.tokens) for row in rows} == {tokens}
     seconds: dict[str, dict[str, list[float]]] = {}
     for turn in range(repeats + 1):  # the first warms up
-        for q, each in RULE:
+        for q, each in rule:
             found = seconds.setdefault(f"q={q}, B_e={each}", {"both": [], "outer": [], "none": [], "directions": []})
             start = time.perf_counter()
             z = [estimator.direction(shapes, turn, k) for k in range(q)]
@@ -72,7 +75,7 @@ def timed(tokens: int, repeats: int) -> dict[str, Any]:
                 found[loops].append(time.perf_counter() - start)
                 reference = losses if reference is None else reference
                 found.setdefault(f"loss difference, {loops}", []).append(float(np.abs(losses - reference).max()))
-    result: dict[str, Any] = {"repeats": repeats, "rows_per_step": 32, "trainable": frozen.trainables.size}
+    result: dict[str, Any] = {"repeats": repeats, "trainable": frozen.trainables.size}
     for name, found in seconds.items():
         median = {key: statistics.median(values[1:]) for key, values in found.items() if "difference" not in key}
         result[name] = {
@@ -146,20 +149,25 @@ def learned(q: int, steps: int, seeds: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--part", choices=("time", "loss"), required=True)
+    parser.add_argument("--part", choices=("time", "one", "loss"), required=True)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--queries", type=int, default=4)
     parser.add_argument("--steps", type=int, default=512)
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "p_rge.json")
     asked = parser.parse_args()
     result = store.read_json(asked.output) if asked.output.exists() else {}
     result["environment"] = environment()
     command = "python cookbook/benchmarks/p_rge.py"
-    if asked.part == "time":
-        part, settings = timed(asked.tokens, asked.repeats), f"--tokens {asked.tokens} --repeats {asked.repeats}"
-        result[f"time at {asked.tokens} tokens"] = {"command": f"{command} --part time {settings}", **part}
+    if asked.part in ("time", "one"):
+        part = timed(asked.tokens, asked.repeats, RULE if asked.part == "time" else ((1, 1),))
+        settings = f"--tokens {asked.tokens} --repeats {asked.repeats}"
+        rows = "32 rows" if asked.part == "time" else "one example"
+        result[f"time of {rows} of {asked.tokens} tokens"] = {
+            "command": f"{command} --part {asked.part} {settings}",
+            **part,
+        }
     else:
         part = learned(asked.queries, asked.steps, asked.seeds)
         settings = f"--queries {asked.queries} --steps {asked.steps} --seeds {asked.seeds}"
