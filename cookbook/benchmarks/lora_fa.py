@@ -14,34 +14,31 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from compare import TASKS, prepared
+from compare import prepared
 
 import edgellm_sdk as edgellm
 from edgellm_sdk import store
 from edgellm_sdk.report import Report, environment
 
 SET = {"layers": 1, "targets": "gate_proj,up_proj,down_proj", "steps": 10, "batch_size": 8, "max_length": 96}
-ARMS: dict[str, tuple[str, dict[str, Any], tuple[float, ...]]] = {
-    "lora, rank 8": ("lora", {"rank": 8, "alpha": 16.0}, (3e-4, 1e-3, 3e-3)),
-    "lora-fa, rank 16": ("lora-fa", {"rank": 16, "alpha": 32.0}, (3e-4, 1e-3, 3e-3)),
-    "lora-fa, rank 16, projected": (
-        "lora-fa",
-        {"rank": 16, "alpha": 32.0, "correction": "projection"},
-        (3e-4, 1e-3, 3e-3),
-    ),
+B_ONLY = {"rank": 16, "alpha": 32.0}
+ARMS: dict[str, tuple[str, dict[str, Any]]] = {
+    "lora, rank 8": ("lora", {"rank": 8, "alpha": 16.0}),
+    "lora-fa, rank 16": ("lora-fa", B_ONLY),
+    "lora-fa, rank 16, projected": ("lora-fa", B_ONLY | {"correction": "projection"}),
 }
-STEPS, SEEDS = 200, 3
+TASK, RATES, STEPS, SEEDS = "sms-spam", (3e-4, 1e-3, 3e-3), 200, 3
 MEASURED = ("validation loss", "balanced accuracy")
 
 
 def run(work: Path, name: str, rate: float, seed: int) -> dict[str, Any]:
-    plugin, given, _ = ARMS[name]
+    plugin, given = ARMS[name]
     folder = work / "".join(c if c.isalnum() else "-" for c in f"{name} {rate:g} {seed}")
     if not (folder / "report.json").is_file():
         rounds = STEPS // int(SET["steps"])
         edgellm.finetune(
             plugin, "smollm2-135m", output=folder, rounds=rounds, watch=rounds, seed=seed, hidden=work / "hidden",
-            options=SET | given | {"learning_rate": rate}, resume=folder.is_dir(), **prepared(work, ["sms-spam"])["sms-spam"],
+            options=SET | given | {"learning_rate": rate}, resume=folder.is_dir(), **prepared(work, [TASK])[TASK],
         )  # fmt: skip
     found = Report.read(folder).metrics
     return {"learning_rate": rate, "seed": seed} | {name: found[name].value for name in MEASURED}
@@ -54,9 +51,9 @@ def main() -> None:
     asked = parser.parse_args()
     asked.work.mkdir(parents=True, exist_ok=True)
     arms: dict[str, Any] = {}
-    for name, (_, _, rates) in ARMS.items():
-        runs = [run(asked.work, name, rate, seed) for rate in rates for seed in range(SEEDS)]
-        means = {r: statistics.mean(x["validation loss"] for x in runs if x["learning_rate"] == r) for r in rates}
+    for name in ARMS:
+        runs = [run(asked.work, name, rate, seed) for rate in RATES for seed in range(SEEDS)]
+        means = {r: statistics.mean(x["validation loss"] for x in runs if x["learning_rate"] == r) for r in RATES}
         rate = min(means, key=lambda r: means[r])
         best = [x for x in runs if x["learning_rate"] == rate]
         arms[name] = {
@@ -69,9 +66,7 @@ def main() -> None:
     reference = arms["lora, rank 8"]["held-out loss"]
     told = {name: {**arm, "over_lora": arm["held-out loss"] / reference} for name, arm in arms.items()}
     command = "python cookbook/benchmarks/lora_fa.py --work runs/lora-fa"
-    store.write_json(
-        asked.output, {"command": command, "environment": environment(), "task": TASKS["sms-spam"], "arms": told}
-    )
+    store.write_json(asked.output, {"command": command, "environment": environment(), "arms": told})
 
 
 if __name__ == "__main__":
