@@ -361,6 +361,8 @@ class TestWholeRun:
         logs = [row - np.log(np.exp(row).sum(-1, keepdims=True)) for row in rows]
         kl = [float((np.exp(logs[3]) * (logs[3] - other)).sum(-1).mean()) for other in logs[:3]]
         assert kl[0] < 1e-6 and kl[1] < 1e-6 and kl[2] > 1e-3
+        for session in (reference, device, base):
+            session.close()
 
     def test_peft_reads_the_adapter(self, runs: dict[str, edgellm.Outcome], folder: Path) -> None:
         """Sheet check 9: peft over the converted model computes what our loader computes."""
@@ -374,8 +376,6 @@ class TestWholeRun:
         theirs = PeftModel.from_pretrained(base, str(place / "model"))(ids).logits
         ours = models.resolve(str(place)).load("float32", merge=True).model(ids).logits
         assert float((theirs - ours).abs().max()) < 1e-5 < float((theirs - before).abs().max())
-        for session in (reference, device, base):
-            session.close()
 
     def test_export_writes_the_same_adapter_file(self, runs: dict[str, edgellm.Outcome], folder: Path) -> None:
         place = runs["llama_cpp"].folder
