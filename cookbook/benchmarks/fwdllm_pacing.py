@@ -52,6 +52,7 @@ def run(arm: str, rate: float, seed: int, forwards: int, folder: Path, data: Pat
         task_prompt=TREC_PROMPT,
         seed=seed,
         watch=max(1, rounds // 20),
+        hidden=folder / "hidden",
         options=options,
     )
     curves = done.report.curves

@@ -13,6 +13,8 @@ Where we differ from the published code (and why):
 - The mean |g| of a seed is over what was reported, with no initial zero and without left-out steps; a seed never used
   counts as 0.
 - The index of each g is not sent: it is drawn from a stream that both sides know.
+- Clients always get all K sums, never only those that changed: whoever was away must end in the same bytes, which sums
+  of differences do not.
 """
 
 from __future__ import annotations
