@@ -1,12 +1,12 @@
 """The zeroth-order methods beside each other and beside back-propagation, each at the learning rate that suits it.
 
     python cookbook/benchmarks/compare.py --work runs/compare tune
-    python cookbook/benchmarks/compare.py --work runs/compare forwards shuffled time bytes memory
+    python cookbook/benchmarks/compare.py --work runs/compare few forwards shuffled time bytes memory
 
 SmolLM2-135M, a spam filter and TREC questions, up to 1024 examples to train on. All arms train the same tensors,
 LoRA-FA's B on down_proj of the last layer, and `lora`, back-propagation, its A as well. `tune` gives every arm three
-learning rates, schedules if it has them, and a seed of its own, and keeps what ends at the lowest held-out loss. The
-comparisons are `edgellm bench compare` at equal forwards, seconds, bytes and memory, and, as a control, at equal
+learning rates, schedules if it has them, and a seed of its own, and keeps what ends at the lowest held-out loss: once
+for 300 forwards, once for 1000. The comparisons are `edgellm bench compare` at equal forwards, seconds, bytes and memory, and, as a control, at equal
 forwards on shuffled labels. All runs are kept in --work: what
 is there is not run again, and `--work`/KIND/TASK/report.html is the page to look at.
 """
@@ -51,6 +51,7 @@ SCHEDULED = ("mezo", "fzoo", "grzo", "lozo", "p-rge")
 TRAIN, HELD_OUT = 1024, 128
 TASKS = {"sms-spam": SMS_PROMPT, "trec": TREC_PROMPT}
 KINDS: dict[str, dict[str, Any]] = {
+    "few": {"equal": "forwards", "budget": 300},
     "forwards": {"equal": "forwards", "budget": 1000},
     "shuffled": {"equal": "forwards", "budget": 1000},
     "time": {"equal": "time", "budget": 30},
@@ -123,22 +124,23 @@ def tried(arm: str) -> list[dict[str, Any]]:
     return [{"learning_rate": rate} | schedule for rate in ARMS[arm][2] for schedule in schedules]
 
 
-def tuning_run(work: Path, task: str, arm: str, options: Mapping[str, Any]) -> Path:
-    return (
-        work
-        / "tune"
-        / task
-        / "-".join([arm, *(f"{value:g}" if isinstance(value, float) else value for value in options.values())])
-    )
+def tuned_for(kind: str) -> int:
+    """The forwards of the tuning runs that a comparison follows."""
+    return 300 if kind == "few" else 1000
 
 
-def tune(work: Path, names: Sequence[str], arms: Sequence[str], forwards: float) -> list[dict[str, Any]]:
+def tuning_run(work: Path, forwards: int, task: str, arm: str, options: Mapping[str, Any]) -> Path:
+    parts = [arm, *(f"{value:g}" if isinstance(value, float) else value for value in options.values())]
+    return work / f"tune-{forwards}" / task / "-".join(parts)
+
+
+def tune(work: Path, names: Sequence[str], arms: Sequence[str], forwards: int) -> list[dict[str, Any]]:
     """Final held-out loss of every arm on every task with all that is tried."""
     for task, settings in prepared(work, names).items():
         for arm in arms:
             plugin, given, _ = ARMS[arm]
             for chosen in tried(arm):
-                options, folder = SET | given | chosen, tuning_run(work, task, arm, chosen)
+                options, folder = SET | given | chosen, tuning_run(work, forwards, task, arm, chosen)
                 if not (folder / "report.json").is_file():
                     rounds = rounds_for(arm, forwards, options)
                     edgellm.finetune(
@@ -146,26 +148,26 @@ def tune(work: Path, names: Sequence[str], arms: Sequence[str], forwards: float)
                         resume=folder.is_dir(), hidden=work / "hidden", **settings,
                     )  # fmt: skip
                 print(task, arm, chosen, Report.read(folder).metrics["validation loss"].value, flush=True)
-    return tuning(work)
+    return tuning(work, forwards)
 
 
-def tuning(work: Path) -> list[dict[str, Any]]:
+def tuning(work: Path, forwards: int) -> list[dict[str, Any]]:
     """task, arm, options and final held-out loss of every tuning run there is."""
     rows = []
     for task in TASKS:
         for arm in ARMS:
             for chosen in tried(arm):
-                folder = tuning_run(work, task, arm, chosen)
+                folder = tuning_run(work, forwards, task, arm, chosen)
                 if (folder / "report.json").is_file():
                     loss = Report.read(folder).metrics["validation loss"].value
                     rows.append({"task": task, "arm": arm, "options": chosen, "loss": loss})
     return rows
 
 
-def best(work: Path) -> dict[str, dict[str, dict[str, Any]]]:
+def best(work: Path, forwards: int) -> dict[str, dict[str, dict[str, Any]]]:
     """task -> arm -> the options with the lowest loss."""
     found: dict[str, dict[str, dict[str, Any]]] = {}
-    for row in sorted(tuning(work), key=lambda row: -row["loss"]):
+    for row in sorted(tuning(work, forwards), key=lambda row: -row["loss"]):
         found.setdefault(row["task"], {})[row["arm"]] = row["options"]
     return found
 
@@ -174,7 +176,7 @@ def compare(work: Path, kind: str, names: Sequence[str], arms: Sequence[str], se
     """One comparison on each task, with that task's rates."""
     result: dict[str, Any] = {}
     for task, settings in prepared(work, names).items():
-        chosen = best(work)[task]
+        chosen = best(work, tuned_for(kind))[task]
         settings |= {"data": shuffled(settings["data"])} if kind == "shuffled" else {}
         made = [Arm(name, ARMS[name][0], SET | ARMS[name][1] | chosen[name]) for name in arms]
         done = edgellm.compare("", MODEL, output=work / kind / task, arms=made, seeds=seeds, **settings, **KINDS[kind])
@@ -190,14 +192,14 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--tuning-forwards", type=float, default=1000)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "compare.json")
     asked = parser.parse_args()
     asked.work.mkdir(parents=True, exist_ok=True)
     result = store.read_json(asked.output) if asked.output.is_file() else {}
     for what in asked.what:
         if what == "tune":
-            result["tuning"] = tune(asked.work, asked.tasks, asked.arms, asked.tuning_forwards)
+            for forwards in sorted({tuned_for(kind) for kind in KINDS}):
+                result[f"tuning for {forwards}"] = tune(asked.work, asked.tasks, asked.arms, forwards)
         else:
             result[what] = result.get(what, {}) | compare(asked.work, what, asked.tasks, asked.arms, asked.seeds)
         result |= {"command": "python cookbook/benchmarks/compare.py", "environment": environment()}
