@@ -6,9 +6,9 @@
 SmolLM2-135M, a spam filter and TREC questions, up to 1024 examples to train on. All arms train the same tensors,
 LoRA-FA's B on down_proj of the last layer, and `lora`, back-propagation, its A as well. `tune` gives every arm three
 learning rates, schedules if it has them, and a seed of its own, and keeps what ends at the lowest held-out loss: once
-for 300 forwards, once for 1000. The comparisons are `edgellm bench compare` at equal forwards, seconds, bytes and memory, and, as a control, at equal
-forwards on shuffled labels. All runs are kept in --work: what
-is there is not run again, and `--work`/KIND/TASK/report.html is the page to look at.
+for 300 forwards, once for 1000. The comparisons are `edgellm bench compare` at equal forwards, seconds, bytes and
+memory, and, as a control, at equal forwards on shuffled labels. All runs are kept in --work: what is there is not run
+again, and `--work`/KIND/TASK/report.html is the page to look at.
 """
 
 from __future__ import annotations
