@@ -95,8 +95,8 @@ class Frozen:
         self.stops = answers.stop_ids(self.model, self.tokenizer)
         self._kept: OrderedDict[str, Kept | Begun] = OrderedDict()
         self._bytes = 0
-        made_by = f"{handle.digest} {loaded.dtype} {self.device.type} torch {torch.__version__}"
-        self._shelf = Shelf(shelf, made_by) if shelf is not None and self.rows_only else None
+        made_by, width = f"{handle.digest} {self.device.type} torch {torch.__version__}", self.model.config.hidden_size
+        self._shelf = Shelf(shelf, made_by, width, loaded.dtype) if shelf is not None and self.rows_only else None
 
     @property
     def initial(self) -> Mapping[str, Float32]:
@@ -201,7 +201,7 @@ class Frozen:
         """Run the frozen layers over right-padded `examples`."""
         rows, columns, targets = [], [], []
         for row, example in enumerate(examples):
-            for position in range(max(example.start, 1), len(example.tokens)):
+            for position in example.scored:
                 rows.append(row)
                 columns.append(position - 1)
                 targets.append(example.tokens[position])
@@ -219,7 +219,7 @@ class Frozen:
     def _alone(self, example: prompts.Encoded) -> Tensor:
         """What the top FFN reads of an example that is its own batch: (its scored positions, H)."""
         tokens = torch.tensor([example.tokens], device=self.device)
-        columns = torch.arange(max(example.start, 1) - 1, len(example.tokens) - 1, device=self.device)
+        columns = torch.tensor([at - 1 for at in example.scored], device=self.device)
         hidden, calls = self._record(tokens)
         with torch.inference_mode():
             return self._attended(Kept(hidden, calls, torch.zeros_like(columns), columns, columns), hidden, 1)

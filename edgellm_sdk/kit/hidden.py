@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
@@ -26,20 +27,30 @@ ONE = "hidden"
 
 @dataclass(frozen=True)
 class Shelf:
-    """`made_by` names the model, its precision and what else decides the bits of the states."""
+    """States are (scored positions, `width`) of `dtype`; `made_by` names the model and what else decides their bits."""
 
     folder: Path
     made_by: str
+    width: int
+    dtype: torch.dtype
 
     def get(self, example: Encoded, make: Callable[[Encoded], Tensor]) -> Tensor:
         """The states of an example, from disk, else made and then on disk. StorageError when the disk says no."""
-        sha = hashlib.blake2b(f"{self.made_by} from {example.start}".encode(), digest_size=20)
+        sha = hashlib.blake2b(f"{self.made_by} {self.dtype} from {example.start}".encode(), digest_size=20)
         sha.update(np.array(example.tokens, "<i8").tobytes())
         path = self.folder / f"{sha.hexdigest()}.safetensors"
-        try:
-            return load(path.read_bytes())[ONE]
-        except (OSError, SafetensorError, KeyError):  # not there, or cut short
-            states = make(example)
-            with store.atomic(path, 0o600) as file:
-                file.write(save({ONE: states.detach().cpu().contiguous()}))
-            return states
+        found = _read(path)
+        if found is not None and found.shape == (len(example.scored), self.width) and found.dtype == self.dtype:
+            return found
+        states = make(example)
+        with store.atomic(path, 0o600) as file:
+            file.write(save({ONE: states.detach().cpu().contiguous()}))
+        return states
+
+
+def _read(path: Path) -> Tensor | None:
+    """None for a file that is not there or is none of ours."""
+    try:
+        return load(path.read_bytes()).get(ONE)
+    except (OSError, SafetensorError):
+        return None

@@ -31,6 +31,11 @@ class Encoded:
     index: int
     cut: bool = False
 
+    @property
+    def scored(self) -> range:
+        """Places of the tokens that are to be predicted; nothing comes before the first."""
+        return range(max(self.start, 1), len(self.tokens))
+
 
 @lru_cache(maxsize=8)
 def _renderer(template: str, special: tuple[tuple[str, str], ...]) -> Renderer:

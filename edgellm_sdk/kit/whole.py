@@ -216,7 +216,7 @@ class Whole:
     def _hidden(self, batch: Sequence[prompts.Encoded], shift: Shift | Flips | None) -> tuple[Tensor, Tensor]:
         """Last hidden states at the scored positions (N, H), and the tokens they should predict (N,)."""
         tokens = answers.padded([example.tokens for example in batch])
-        places = [(e, at) for e in batch for at in range(max(e.start, 1), len(e.tokens))]
+        places = [(e, at) for e in batch for at in e.scored]
         columns = torch.tensor([at - 1 for _, at in places], device=self.device)
         targets = torch.tensor([e.tokens[at] for e, at in places], device=self.device)
         with self._at(shift):
@@ -225,7 +225,7 @@ class Whole:
 
     def _rows(self, batch: Sequence[prompts.Encoded]) -> Tensor:
         """Of every scored position, whose it is: (N,)."""
-        counts = torch.tensor([len(e.tokens) - max(e.start, 1) for e in batch], device=self.device)
+        counts = torch.tensor([len(e.scored) for e in batch], device=self.device)
         return torch.repeat_interleave(torch.arange(len(batch), device=self.device), counts)
 
     def _starts(self, batch: Sequence[prompts.Encoded]) -> Tensor:

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save
 
 import edgellm_sdk as edgellm
 from edgellm_sdk import models
@@ -52,7 +54,9 @@ def test_a_second_process_reads_what_the_first_computed(
         second.prepare([Encoded(EXAMPLES[0].tokens, EXAMPLES[0].start + 1, 0)])
 
 
-@pytest.mark.parametrize("damage", [b"", b"\0" * 100, None])
+@pytest.mark.parametrize(
+    "damage", [b"", b"\0" * 100, save({"hidden": torch.zeros(3, 3)}), save({"a": torch.zeros(1)}), None]
+)
 def test_what_cannot_be_read_is_computed_again(tiny_llama: Path, tmp_path: Path, damage: bytes | None) -> None:
     live = frozen(tiny_llama, tmp_path)
     wanted = losses(live, live.prepare(EXAMPLES))
