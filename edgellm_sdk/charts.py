@@ -9,7 +9,7 @@ from html import escape
 
 WIDTH, HEIGHT = 520, 270
 LEFT, RIGHT, TOP, BOTTOM = 58, 14, 14, 42
-COLOURS = 6
+COLOURS = 10
 MOST_POINTS = 400
 NOISY = 40
 

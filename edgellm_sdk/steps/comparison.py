@@ -229,7 +229,7 @@ def _shown(values: Sequence[float]) -> str:
     if not finite:
         return "-"
     centre, low, high = interval(finite)
-    return f"{centre:.4g} [{low:.4g}, {high:.4g}]" if math.isfinite(low) else f"{centre:.4g}"
+    return f"{centre:.3g} [{low:.3g}, {high:.3g}]" if math.isfinite(low) else f"{centre:.3g}"
 
 
 def _describe(report: Report, runs: Sequence[Run], tasks: Sequence[str], arms: Sequence[str]) -> None:
@@ -239,8 +239,8 @@ def _describe(report: Report, runs: Sequence[Run], tasks: Sequence[str], arms: S
         here = {arm: [run for run in runs if run.task == task and run.arm == arm] for arm in arms}
         here = {arm: found for arm, found in here.items() if found}
         first = next(iter(here), "")
-        columns = ["method", "validation loss", f"loss minus {first}", "balanced accuracy"]
-        columns += ["forwards", "seconds", "bytes up and down", "peak memory, MB"]
+        columns = ["method", "held-out loss", f"minus {first}", "balanced accuracy"]
+        columns += ["forwards", "seconds", "bytes sent", "peak MB"]
         rows = []
         for arm, found in here.items():
             against = [
@@ -267,7 +267,8 @@ def _describe(report: Report, runs: Sequence[Run], tasks: Sequence[str], arms: S
                 for x in ("forwards", "seconds"):
                     curve = _mean_curve([run.report.curves.get(f"{name} over {x}", ()) for run in found])
                     if curve:
-                        report.curves[f"{short} over {x}, {arm} ({title})"] = curve
+                        series = f"{arm} ({title})" if len(tasks) > 1 else arm
+                        report.curves[f"{short} over {x}, {series}"] = curve
             values = [value for value in scores[0] if math.isfinite(value)]
             if values:
                 centre, low, high = interval(values)
