@@ -54,9 +54,9 @@ KINDS: dict[str, dict[str, Any]] = {
     "few": {"equal": "forwards", "budget": 300},
     "forwards": {"equal": "forwards", "budget": 1000},
     "shuffled": {"equal": "forwards", "budget": 1000},
-    "time": {"equal": "time", "budget": 30},
-    "bytes": {"equal": "bytes", "budget": 1_200_000, "clients": 4, "partition": "dirichlet:0.5"},
-    "memory": {"equal": "memory", "budget": 1024, "seconds": 30},
+    "time": {"equal": "time", "budget": 20},
+    "bytes": {"equal": "bytes", "budget": 300_000, "clients": 4, "partition": "dirichlet:0.5"},
+    "memory": {"equal": "memory", "budget": 1024, "seconds": 20},
 }
 TUNING_SEED = 100
 BACK_PROPAGATION = 3  # forwards of a step
