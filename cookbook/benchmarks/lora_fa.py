@@ -27,7 +27,7 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "lora-fa, rank 16": ("lora-fa", B_ONLY),
     "lora-fa, rank 16, projected": ("lora-fa", B_ONLY | {"correction": "projection"}),
 }
-TASK, RATES, STEPS, SEEDS = "sms-spam", (3e-4, 1e-3, 3e-3), 200, 3
+TASK, RATES, STEPS, SEEDS = "sms-spam", (3e-4, 1e-3, 3e-3, 1e-2), 200, 3
 MEASURED = ("validation loss", "balanced accuracy")
 
 
