@@ -129,7 +129,12 @@ def _open(
 
         budget = min(hidden_memory << 20, ctx.memory if ctx.memory is not None else 1 << 62)
         stream = ctx.stream("adapter")
-        return Frozen(model, spec, stream, precision, ctx.device, budget, max_length, share, goal, ctx.hidden)
+        frozen = Frozen(model, spec, stream, precision, ctx.device, budget, max_length, share, goal, ctx.hidden)
+        if ctx.hidden is not None and not frozen.rows_only:
+            ctx.note("--hidden keeps nothing here: more than the FFN of the last layer trains")
+        return frozen
+    if ctx.hidden is not None:
+        ctx.note(f"--hidden keeps nothing here: {ctx.device} keeps its own")
     if goal.name != "loss":
         raise ConfigError(f"{ctx.device} computes losses only, no {goal.title}", "objective", "use --device cpu")
     from edgellm_sdk import config, registry

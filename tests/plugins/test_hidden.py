@@ -96,5 +96,11 @@ def test_runs_that_share_it_end_in_the_same_bytes(tiny_llama: Path, tmp_path: Pa
         ends.append((out.folder / "model" / "adapter_model.safetensors").read_bytes())
         assert len(list((tmp_path / "h").iterdir())) == 16
     assert ends[0] == ends[1]
+    below = edgellm.finetune(
+        "mezo", str(tiny_llama), str(data), tmp_path / "below", rounds=1, hidden=tmp_path / "unused",
+        options=settings | {"targets": "q_proj"},
+    )  # fmt: skip
+    assert [note for note in below.report.notes if "--hidden keeps nothing" in note]
+    assert not (tmp_path / "unused").exists()
     with pytest.raises(ConfigError, match="hidden"):
         edgellm.finetune("mezo", str(tiny_llama), str(data), out.folder, rounds=2, options=settings, resume=True)
