@@ -178,14 +178,14 @@ def _train(arm: Arm, given: Mapping[str, Any], folder: Path) -> Report:
 
 
 def _pilot(arm: Arm, given: Mapping[str, Any], where: Path, equal: str, budget: float) -> Pilot:
-    """A few rounds; where time counts, after one run for nothing, and more until they take a part of the budget."""
+    """A few rounds; where time counts each pilot runs twice, so that it finds all hidden states made, and longer until
+    it takes a part of the budget."""
     rounds = PILOT_ROUNDS
     timed = equal in ("time", "memory")
     while True:
-        names = ("warm-up", f"pilot-{rounds}") if timed and rounds == PILOT_ROUNDS else (f"pilot-{rounds}",)
-        for name in names:
+        for name in (f"warm-up-{rounds}", f"pilot-{rounds}") if timed else (f"pilot-{rounds}",):
             report = _train(arm, {**given, "rounds": rounds, "watch": 0}, where / name)
-        pilot = Pilot(report, where / names[-1], rounds)
+        pilot = Pilot(report, where / f"pilot-{rounds}", rounds)
         if not timed or pilot.seconds * rounds >= budget / PILOT_SHARE:
             return pilot
         rounds *= PILOT_GROWTH
