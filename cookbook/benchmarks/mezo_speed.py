@@ -4,10 +4,10 @@
 
 SmolLM2-135M, 8 rows of 64 tokens, every token scored. `ours` shifts each weight in a scratch while it is used and moves
 the weights once; `plain` draws noise tensor by tensor from the framework's generator and writes the weights four times
-(+eps, -2 eps, +eps, update) around transformers' own forward passes. Forwards, ours and plain run in turns and ratios
-are medians over turns. A sweep moves every weight along one direction; it is compared with adding one array to another
-of the same size. Memory is the peak of a fresh process for each case. Replay rebuilds a whole model from its log in
-numpy, in torch on one thread and on two, and compares digests.
+(+eps, -2 eps, +eps, the update eta (g z + lambda theta) with lambda 0) around transformers' own forward passes.
+Forwards, ours and plain run in turns and ratios are medians over turns. A sweep moves every weight along one direction;
+it is compared with adding one array to another of the same size. Memory is the peak of a fresh process for each case.
+Replay rebuilds a whole model from its log in numpy, in torch on one thread and on two, and compares digests.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,19 +62,24 @@ def our_step(space: Full, seed: int) -> None:
 
 
 @torch.no_grad()
-def plain_step(model: Any, ids: torch.Tensor, seed: int) -> None:
-    def sweep(sign: float, scale: float) -> None:
+def plain_step(model: Any, ids: torch.Tensor, seed: int, decay: float = 0.0) -> None:
+    def noise() -> Iterator[tuple[Any, torch.Tensor]]:
         generator = torch.Generator().manual_seed(seed)
         for parameter in model.parameters():
-            z = torch.normal(0, 1, size=parameter.shape, dtype=parameter.dtype, generator=generator)
-            parameter.data = parameter.data + sign * z * scale
+            yield parameter, torch.normal(0, 1, size=parameter.shape, dtype=parameter.dtype, generator=generator)
 
-    sweep(1, EPS)
+    def perturb(sign: float) -> None:
+        for parameter, z in noise():
+            parameter.data = parameter.data + sign * z * EPS
+
+    perturb(1)
     plus = float(model(input_ids=ids, labels=ids, use_cache=False).loss)
-    sweep(-2, EPS)
+    perturb(-2)
     minus = float(model(input_ids=ids, labels=ids, use_cache=False).loss)
-    sweep(1, EPS)
-    sweep(-ETA, (plus - minus) / (2 * EPS))
+    perturb(1)
+    slope = (plus - minus) / (2 * EPS)
+    for parameter, z in noise():
+        parameter.data = parameter.data - ETA * (slope * z + decay * parameter.data)
 
 
 def timed(work: Any) -> float:
