@@ -137,10 +137,13 @@ def speed(dtype: str, seconds: float) -> dict[str, Any]:
 
 
 def peak(case: str, dtype: str) -> float:
-    """MB that a fresh process needed at most for `inference` or a `step`."""
+    """MB that a fresh process needs at most for `inference` or a `step`: the median of five."""
     command = [sys.executable, __file__, "--case", case, "--dtype", dtype]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return float(done.stdout.strip().splitlines()[-1])
+    found = []
+    for _ in range(5):
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        found.append(float(done.stdout.strip().splitlines()[-1]))
+    return statistics.median(found)
 
 
 def run_case(case: str, dtype: str) -> None:

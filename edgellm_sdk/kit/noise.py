@@ -38,6 +38,7 @@ BLOCK_BITS = 18
 BLOCK = 1 << BLOCK_BITS
 KINDS = ("gaussian", "rademacher")
 _SIGN_BIT = 20
+_AT_ONCE = 1 << 16  # values drawn in one go: what that takes for a while is more than the bank
 _PLACES = random.key(0, "noise places")
 ADAM_EPSILON = 1e-8
 
@@ -45,35 +46,34 @@ ADAM_EPSILON = 1e-8
 @lru_cache(maxsize=len(KINDS))
 def noise_id(kind: str) -> str:
     """What an Update must name so that its seeds can be replayed: the scheme, and a checksum of this machine's bank."""
-    return f"bank20-{kind}/2/{zlib.crc32(bank(kind).tobytes()):08x}"
+    return f"bank20-{kind}/2/{zlib.crc32(bank(kind).data):08x}"
 
 
 @lru_cache(maxsize=len(KINDS))
 def bank(kind: str) -> Float32:
     """The bank, and its first block again so that every block is one slice: (2^20 + 262 144,) float32."""
-    key = random.key(0, f"noise bank {kind}")
+    key, values = random.key(0, f"noise bank {kind}"), np.empty(BANK + BLOCK, np.float32)
     if kind == "gaussian":
-        values = random.normal(key, BANK)
+        for start in range(0, BANK, _AT_ONCE):
+            values[start : start + _AT_ONCE] = random.normal(key, _AT_ONCE, start)
     elif kind == "rademacher":
         bits = np.unpackbits(random.blocks(key, 0, BANK // 128).astype("<u4").view(np.uint8), bitorder="little")
-        values = bits.astype(np.float32) * 2 - 1
+        values[:BANK] = bits.astype(np.float32) * 2 - 1
     else:
         raise ValueError(f"noise {kind!r} is not one of {', '.join(KINDS)}")
-    return np.concatenate([values, values[:BLOCK]])
-
-
-@lru_cache(maxsize=4)
-def rounding_bank() -> Array:
-    """Uniform 16-bit integers for stochastic rounding, laid out like `bank`: (2^20 + 262 144,) int32."""
-    words = random.blocks(random.key(0, "noise bank rounding"), 0, BANK // 8).astype("<u4").view("<u2")
-    values = words.reshape(-1).astype(np.int32)
-    return np.concatenate([values, values[:BLOCK]])
+    values[BANK:] = values[:BLOCK]
+    return values
 
 
 @lru_cache(maxsize=1)
-def uniform16() -> Array:
-    """`rounding_bank` in half the memory: uint16."""
-    return rounding_bank().astype(np.uint16)
+def rounding_bank() -> Array:
+    """Uniform 16-bit integers for stochastic rounding, laid out like `bank`: (2^20 + 262 144,) uint16."""
+    key, values = random.key(0, "noise bank rounding"), np.empty(BANK + BLOCK, np.uint16)
+    for start in range(0, BANK, _AT_ONCE):
+        words = random.blocks(key, start // 8, _AT_ONCE // 8).astype("<u4").view("<u2")
+        values[start : start + _AT_ONCE] = words.reshape(-1)
+    values[BANK:] = values[:BLOCK]
+    return values
 
 
 def _name_hash(name: str) -> int:
@@ -169,7 +169,7 @@ class Noise:
         }
         self._drawn: OrderedDict[tuple[int, ...], tuple[Array, Float32]] = OrderedDict()
         compiled = native.library() if self.device.type == "cpu" and sum(sizes.values()) >= BANK else None
-        self._sweeps = native.Sweeps(compiled, uniform16, BLOCK) if compiled else None
+        self._sweeps = native.Sweeps(compiled, rounding_bank, BLOCK) if compiled else None
 
     def _places(self, seeds: tuple[int, ...], name: str) -> tuple[Array, Float32]:
         if seeds not in self._drawn:
@@ -277,7 +277,9 @@ class Noise:
             new.copy_(part).mul_(kept).add_(total)
         dropped = 23 - round(-math.log2(torch.finfo(dtype).eps))
         if dropped not in self._rounding:
-            self._rounding[dropped] = torch.from_numpy(rounding_bank() >> (16 - dropped)).to(self.device)
+            self._rounding[dropped] = torch.from_numpy((rounding_bank() >> (16 - dropped)).astype(np.int32)).to(
+                self.device
+            )
         bits = new.view(torch.int32).view(-1)
         bits.add_(self._rounding[dropped][place : place + bits.numel()]).bitwise_and_(-1 << dropped)
         part.copy_(new)
