@@ -180,7 +180,13 @@ def compare(work: Path, kind: str, names: Sequence[str], arms: Sequence[str], se
         settings |= {"data": shuffled(settings["data"])} if kind == "shuffled" else {}
         made = [Arm(name, ARMS[name][0], SET | ARMS[name][1] | chosen[name]) for name in arms]
         done = edgellm.compare("", MODEL, output=work / kind / task, arms=made, seeds=seeds, **settings, **KINDS[kind])
-        result[task] = {"options": chosen, "table": done.report.tables[0], "curves": done.report.curves}
+        curves = {
+            name: [[round(x), round(y, 4)] for x, y in points]
+            for name, points in done.report.curves.items()
+            if " over forwards" in name
+        }
+        notes = done.report.notes
+        result[task] = {"options": chosen, "table": done.report.tables[0], "curves": curves, "notes": notes}
         print(done.report.tables[0], flush=True)
     return result
 
