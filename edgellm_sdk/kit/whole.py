@@ -68,8 +68,7 @@ class Whole:
         self._names = {id(parameter): name for name, parameter in self.parameters.items()}
         self._embed: Any = loaded.model.get_input_embeddings()
         self._head: Any = loaded.model.get_output_embeddings()
-        inner = [p for m in self._inner() for p in m.parameters(recurse=False)]
-        size = max((p.numel() for p in inner), default=0)
+        size = max((sum(p.numel() for p in m.parameters(recurse=False)) for m in self._inner()), default=0)
         columns = self._head.weight.shape[1]
         self._scratch = torch.empty(max(size, HEAD_ROWS * columns), dtype=loaded.dtype, device=self.device)
         self._parts = [(module, self._places(module)) for module in self._inner()]

@@ -63,8 +63,7 @@ def test_what_is_perturbed_is_what_is_moved(handle: ModelHandle) -> None:
     theta = {name: parameter.detach() for name, parameter in whole.parameters.items()}
     for sampler in [*samplers(whole), LowRank(2, whole.shapes, 3, 2)]:
         for t in range(6):
-            if isinstance(sampler, LowRank):
-                sampler.at(t)
+            sampler.at(t)
             worst, size = apart(sampler, theta, 40 + t)
             assert worst <= 1e-6 and size > 0.5, (sampler.id, t)
     wrong = LateU(2, whole.shapes, 3, 2)

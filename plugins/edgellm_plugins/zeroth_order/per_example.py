@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from edgellm_plugins.zeroth_order.samplers import Dense, Shapes
+from edgellm_plugins.zeroth_order.samplers import Dense, Memoryless, Shapes
 from edgellm_sdk.kit import noise
 from edgellm_sdk.kit.noise import Move
 from edgellm_sdk.types import Array, Float32
@@ -34,7 +34,7 @@ def base_of(seed: int) -> int:
     return seed >> INDEX_BITS << INDEX_BITS
 
 
-class PerExample:
+class PerExample(Memoryless):
     """z = U * (s r^T) for a matrix, U * s for a vector: U gaussian from the seed's base, fair signs s of the rows and r
     of the columns from the whole seed (arXiv 2606.02857). Each z is N(0, I); those of one base have |z| in common."""
 

@@ -55,13 +55,40 @@ class Sampler(Protocol):
     def draw(self, name: str, theta: Float32, seed: int) -> Float32:
         """z(seed) of one tensor, with theta's shape."""
 
+    def at(self, step: int) -> None:
+        """Directions as they are at this step."""
+
+    def restart(self) -> None:
+        """Forget what moving has left behind: theta is theta_0 again."""
+
+    def save(self) -> object:
+        """What moving has left behind, for `load`."""
+
+    def load(self, saved: object) -> None: ...
+
+
+class Memoryless:
+    """A sampler whose directions depend on seeds alone, at every step."""
+
+    def at(self, step: int) -> None:
+        return None
+
+    def restart(self) -> None:
+        return None
+
+    def save(self) -> object:
+        return None
+
+    def load(self, saved: object) -> None:
+        return None
+
 
 def numbers(shapes: Shapes) -> dict[str, int]:
     """Elements of each tensor."""
     return {name: math.prod(shape) for name, shape in shapes.items()}
 
 
-class Dense:
+class Dense(Memoryless):
     """`gaussian` and `rademacher`; with `limits` `sparse`; with a `share` below 1 `layers`."""
 
     def __init__(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from edgellm_plugins.zeroth_order.per_example import PerExample
-from edgellm_plugins.zeroth_order.samplers import LowRank, Sampler
+from edgellm_plugins.zeroth_order.samplers import Sampler
 from edgellm_sdk.kit import prompts
 from edgellm_sdk.kit.noise import Move
 from edgellm_sdk.kit.objective import Objective, evaluate_each, written
@@ -90,8 +90,7 @@ class Small:
 
     def restart(self) -> None:
         self.theta = {name: np.array(value, np.float32) for name, value in sorted(self.objective.initial.items())}
-        if isinstance(self.sampler, LowRank):
-            self.sampler.restart()
+        self.sampler.restart()
 
     def losses(self, name: str, make: Callable[[], Dataset], points: Sequence[Point]) -> Array:
         drawn = {
@@ -160,8 +159,7 @@ class Full:
 
     def restart(self) -> None:
         self.whole.reload()
-        if isinstance(self.sampler, LowRank):
-            self.sampler.restart()
+        self.sampler.restart()
 
     def losses(self, name: str, make: Callable[[], Dataset], points: Sequence[Point]) -> Array:
         batch, key = self._batch(name, make)
@@ -246,8 +244,7 @@ class Follower:
         again, self._asked = self._asked == target, target
         if come_back and (self.space.cheap or again) and (self._saved is None or self._saved[0] != target):
             self._saved = None
-            sampler = self.space.sampler
-            self._saved = (target, self.space.save(), sampler.save() if isinstance(sampler, LowRank) else None)
+            self._saved = (target, self.space.save(), self.space.sampler.save())
 
     def _on(self, place: tuple[int, bytes] | None, moves: Sequence[Move]) -> bool:
         return place is not None and place[0] <= len(moves) and _mark(moves, place[0]) == place[1]
@@ -257,8 +254,7 @@ class Follower:
         if self._saved is not None and self._on(self._saved[0], moves):
             self._at, theta, kept = self._saved
             self.space.load(theta)
-            if isinstance(self.space.sampler, LowRank):
-                self.space.sampler.load(kept)
+            self.space.sampler.load(kept)
         else:
             self.space.restart()
             self._at = (0, _mark(moves, 0))
@@ -278,8 +274,7 @@ class Follower:
 
     def aim(self, t: int) -> None:
         """Directions as they are at step t."""
-        if isinstance(self.space.sampler, LowRank):
-            self.space.sampler.at(t)
+        self.space.sampler.at(t)
 
 
 def _mark(moves: Sequence[Move], count: int) -> bytes:
