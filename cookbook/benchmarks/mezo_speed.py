@@ -2,9 +2,11 @@
 
     python cookbook/benchmarks/mezo_speed.py [--seconds 60]
 
-SmolLM2-135M, 8 rows of 64 tokens, every token scored. `ours` shifts each weight in a scratch while it is used and moves
+SmolLM2-135M, 8 rows of 64 tokens; every token is scored, and apart from that (`label`) only the last one, as where a
+model is to learn labels. `ours` shifts each weight in a scratch while it is used and moves
 the weights once; `plain` draws noise tensor by tensor from the framework's generator and writes the weights four times
-(+eps, -2 eps, +eps, the update eta (g z + lambda theta) with lambda 0) around transformers' own forward passes.
+(+eps, -2 eps, +eps, the update eta (g z + lambda theta) with lambda 0) around transformers' own forward passes, which
+compute the logits of all positions, where ours has those that are scored.
 Forwards, ours and plain run in turns and ratios are medians over turns. A sweep moves every weight along one direction;
 it is compared with adding one array to another of the same size. Memory is the peak of a fresh process for each case.
 Replay rebuilds a whole model from its log in numpy, in torch on one thread and on two, and compares digests.
@@ -47,13 +49,16 @@ def no_data() -> Dataset:
     raise AssertionError("the batch is given")
 
 
-def setting(dtype: str) -> tuple[Full, torch.Tensor]:
-    """The model with its directions, and one batch of token ids (rows, tokens)."""
+def setting(dtype: str, label: bool = False) -> tuple[Full, torch.Tensor, torch.Tensor]:
+    """The model with its directions, and one batch of token ids (rows, tokens) with what transformers is to score."""
     whole = Whole(models.resolve("smollm2-135m"), dtype, max_length=TOKENS)
     space = Full(whole, Dense("gaussian", whole.shapes))
     ids = np.random.default_rng(0).integers(1000, 40_000, (ROWS, TOKENS))
-    space._batches["batch"] = [Encoded(tuple(row.tolist()), 1, k) for k, row in enumerate(ids)]
-    return space, torch.from_numpy(ids)
+    start = TOKENS - 1 if label else 1
+    space._batches["batch"] = [Encoded(tuple(row.tolist()), start, k) for k, row in enumerate(ids)]
+    labels = torch.from_numpy(ids).clone()
+    labels[:, :start] = -100
+    return space, torch.from_numpy(ids), labels
 
 
 def our_step(space: Full, seed: int) -> None:
@@ -62,7 +67,7 @@ def our_step(space: Full, seed: int) -> None:
 
 
 @torch.no_grad()
-def plain_step(model: Any, ids: torch.Tensor, seed: int, decay: float = 0.0) -> None:
+def plain_step(model: Any, ids: torch.Tensor, labels: torch.Tensor, seed: int, decay: float = 0.0) -> None:
     def noise() -> Iterator[tuple[Any, torch.Tensor]]:
         generator = torch.Generator().manual_seed(seed)
         for parameter in model.parameters():
@@ -73,9 +78,9 @@ def plain_step(model: Any, ids: torch.Tensor, seed: int, decay: float = 0.0) -> 
             parameter.data = parameter.data + sign * z * EPS
 
     perturb(1)
-    plus = float(model(input_ids=ids, labels=ids, use_cache=False).loss)
+    plus = float(model(input_ids=ids, labels=labels, use_cache=False).loss)
     perturb(-2)
-    minus = float(model(input_ids=ids, labels=ids, use_cache=False).loss)
+    minus = float(model(input_ids=ids, labels=labels, use_cache=False).loss)
     perturb(1)
     slope = (plus - minus) / (2 * EPS)
     for parameter, z in noise():
@@ -88,8 +93,8 @@ def timed(work: Any) -> float:
     return time.perf_counter() - start
 
 
-def speed(dtype: str, seconds: float) -> dict[str, Any]:
-    space, ids = setting(dtype)
+def speed(dtype: str, seconds: float, label: bool = False) -> dict[str, Any]:
+    space, ids, labels = setting(dtype, label)
     model = space.whole.model
     arrays = [torch.zeros_like(p) for p in space.whole.parameters.values()]
 
@@ -99,7 +104,7 @@ def speed(dtype: str, seconds: float) -> dict[str, Any]:
     @torch.no_grad()
     def theirs() -> None:
         for _ in range(2):
-            model(input_ids=ids, labels=ids, use_cache=False)
+            model(input_ids=ids, labels=labels, use_cache=False)
 
     @torch.no_grad()
     def add() -> None:
@@ -119,7 +124,7 @@ def speed(dtype: str, seconds: float) -> dict[str, Any]:
                 "step": timed(lambda k=k: our_step(space, k)),
                 "sweep": timed(lambda k=k: space.step(Move((10_000 + k,), (1e-9,)))),
                 "add": timed(add),
-                "plain step": timed(lambda k=k: plain_step(model, ids, k)),
+                "plain step": timed(lambda k=k: plain_step(model, ids, labels, k)),
             }
         )
 
@@ -147,7 +152,7 @@ def peak(case: str, dtype: str) -> float:
 
 
 def run_case(case: str, dtype: str) -> None:
-    space, _ = setting(dtype)
+    space, _, _ = setting(dtype)
     for turn in range(2):
         if case == "inference":
             space.losses("batch", no_data, [(0, 0.0)])
@@ -198,6 +203,7 @@ def main() -> None:
     for dtype in DTYPES:
         memory = {case: peak(case, dtype) for case in ("inference", "step")}
         result[dtype] = speed(dtype, asked.seconds)
+        result[dtype]["label"] = speed(dtype, asked.seconds, label=True)
         result[dtype] |= {"peak_rss_mb": memory, "step_over_inference_memory": memory["step"] / memory["inference"]}
     digests = replay()
     result |= {"replay": digests, "replay_equal": len(set(digests.values())) == 1}

@@ -31,6 +31,7 @@ from edgellm_sdk.types import Array, Arrays, Artifact, Dataset, Example, ModelHa
 pytest.importorskip("llama_cpp")
 pytestmark = pytest.mark.llama
 
+from edgellm_hardware.llama_cpp import training  # noqa: E402
 from edgellm_hardware.llama_cpp.engine import set_adapters  # noqa: E402
 from edgellm_hardware.llama_cpp.training import Perturbed  # noqa: E402
 
@@ -228,6 +229,28 @@ def test_where_a_trains_too(folder: Path) -> None:
     theta = {name: value + somewhere(ours.initial)[name] for name, value in ours.initial.items()}
     vs = directions(theta)
     np.testing.assert_allclose(both_sides(ours, theta, vs), both_sides(theirs, theta, vs), atol=2e-6)
+    ours.close()
+
+
+@pytest.mark.parametrize("share", [0, 1])
+def test_a_large_adapter_is_not_held_twice(
+    share: int, folder: Path, torch_one: Frozen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "SMALL", share)
+    ours, held, most = opened(folder / "tiny.gguf", folder), set[str](), list[int]()
+    theta, vs = somewhere(ours.initial), directions(ours.initial)
+    ask = ours.session.ask
+
+    def watched(request: dict[str, Any]) -> Any:
+        if request["do"] == "hold":
+            (held.add if request["path"] else held.discard)(request["name"])
+            most.append(len(held))
+        return ask(request)
+
+    monkeypatch.setattr(ours.session, "ask", watched)
+    ours.measure(theta, dataset(4))
+    np.testing.assert_allclose(both_sides(ours, theta, vs), both_sides(torch_one, theta, vs), atol=2e-6)
+    assert max(most) == 1 + share
     ours.close()
 
 

@@ -3,7 +3,8 @@
 Method (b) of "fine-tuning with inference engines" (P-RGE / MobiZO, arXiv 2409.15520) for any method that asks for
 losses along directions. theta = all B of a LoRA-FA (arXiv 2308.03303). With A frozen a perturbation of B is linear in
 the adapter, so theta = (A, B) and v = (A, v) are two adapter files and theta + h v is the pair at scales (1, h): one
-file a direction, none a step. Where A trains too (kind `lora`) every point is a file of its own.
+file a direction, none a step. Where A trains too (kind `lora`), or an adapter is so large that a second one in memory
+counts, every point is a file of its own.
 
 Files lie in a private folder in memory and are gone once the child has read them. The child keeps one copy of the
 weights, theta, and as many directions as are being evaluated; see `losses` for what it computes and why twice the same
@@ -48,6 +49,8 @@ MODULES = {  # of a decoder layer, in the order in which torch finds them
 }
 KINDS = ("lora", "lora-fa")
 TRAINING = {"adapters": "its own", "batch": "whole minibatches", "cache": "f32, so that losses repeat"}
+SMALL = 0.05
+"""The size of an adapter, as a share of its model's file, up to which a second one is held beside it."""
 KEPT_BATCHES = 1024  # token ids of so many batches are kept
 _CONTROL, _USER_DEFINED = 3, 4
 
@@ -141,6 +144,8 @@ class Perturbed:
             a, b = adapters.lora_start(spec.rank, linear.d_in, linear.d_out, stream)
             (self._initial if spec.kind == "lora" else self._frozen)[f"{linear.name}.lora_A"] = a
             self._initial[f"{linear.name}.lora_B"] = b
+        values = sum(value.nbytes for value in (*self._initial.values(), *self._frozen.values()))
+        self._pairs = spec.kind == "lora-fa" and values <= SMALL * model.path.stat().st_size
         self._held: dict[str, Array] = {}
         self._batches: OrderedDict[str, list[prompts.Encoded]] = OrderedDict()
 
@@ -158,7 +163,7 @@ class Perturbed:
     ) -> Array:
         """As in `Objective`."""
         batch = _question(self._batch(name, make))
-        if self._spec.kind == "lora":
+        if not self._pairs:
             return self._at_points(batch, theta, directions, steps)
         self._hold_theta(theta)
         unique = list({id(v): v for v in directions}.values())
@@ -183,6 +188,9 @@ class Perturbed:
         self, batch: Mapping[str, Any], theta: Arrays, directions: Sequence[Arrays], steps: Sequence[float]
     ) -> Array:
         """Every theta + h v as an adapter of its own, `contexts` of them at a time."""
+        if self._held:
+            self._drop("theta")
+            self._held = {}
         found: list[float] = []
         for begin in range(0, len(directions), self._contexts):
             chosen = range(begin, min(begin + self._contexts, len(directions)))
