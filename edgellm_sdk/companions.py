@@ -1,4 +1,4 @@
-"""The plugins that a training run names beside its method: who aggregates, and the backend it runs on.
+"""The plugins that a training run names beside its method: who aggregates, what works around it, the backend.
 
 Their options are tables within the method's, under their names: `[options.llama_cpp]` in a file,
 `options={"llama_cpp": {"contexts": 2}}` in Python, `--llama-cpp-contexts 2` on the command line.
@@ -18,9 +18,19 @@ def is_torch(device: str) -> bool:
     return device.partition(":")[0] in ("cpu", "cuda")
 
 
-def of_training(device: str, aggregate: str = "") -> tuple[registry.Loaded, ...]:
-    """The plugins behind `--aggregate` and `--device`. PluginError for one that cannot do its part."""
+def names(text: str) -> list[str]:
+    """Names written with commas. ConfigError when one comes twice."""
+    found = [name.strip() for name in text.split(",") if name.strip()]
+    twice = sorted({name for name in found if found.count(name) > 1})
+    if twice:
+        raise ConfigError(f"around: {twice[0]!r} comes twice", "around")
+    return found
+
+
+def of_training(device: str, aggregate: str = "", around: str = "") -> tuple[registry.Loaded, ...]:
+    """The plugins behind `--aggregate`, `--around` and `--device`. PluginError for one that cannot do its part."""
     found = [registry.get(aggregate, "aggregate")] if aggregate else []
+    found += [registry.get(name, "around") for name in names(around)]
     if not is_torch(device):
         backend = registry.get(device)
         if "edgellm_objective" not in backend.hooks:

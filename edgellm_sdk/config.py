@@ -103,6 +103,11 @@ def options(config: type) -> tuple[Option, ...]:
     return tuple(found)
 
 
+def overridden(settings: Config, asked: Mapping[str, Any], where: str) -> Config:
+    """`settings` with some options changed, checked as `build` checks them (ConfigError)."""
+    return build(type(settings), {**as_dict(settings), **asked}, where)
+
+
 def nearest(name: str, known: typing.Iterable[str]) -> str:
     """`, did you mean 'x'?` or nothing."""
     close = difflib.get_close_matches(name, list(known), n=1)

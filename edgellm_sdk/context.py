@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -13,9 +14,19 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from edgellm_sdk.random import Stream
 
 if TYPE_CHECKING:
-    from edgellm_sdk.types import Arrays
+    from edgellm_sdk.types import Arrays, Assignment
 
 Kept = TypeVar("Kept")
+
+
+@dataclass
+class Drift:
+    """What a client's every gradient gets added: `proximal` * (theta - theta_0) + `arrays`, theta_0 being what it was
+    sent. A method that does so sets `applied`."""
+
+    proximal: float = 0.0
+    arrays: Arrays = field(default_factory=dict)
+    applied: bool = False
 
 
 class Progress:
@@ -32,7 +43,8 @@ class Progress:
 class Context:
     """`folder` is where this step writes, `memory` a budget in bytes, `deadline` a `time.monotonic()` value, `rounds`
     the number planned, `hidden` a folder for hidden states that later runs may take up. A hook is given its own
-    plugin's config; a wrapper finds its own under its name in `configs`.
+    plugin's config; a wrapper finds its own under its name in `configs`. On the server `assigned` is what each client
+    of the round was sent; on a client `drift` changes the gradients of the turn at hand.
     """
 
     folder: Path
@@ -47,6 +59,8 @@ class Context:
     configs: dict[str, Any] = field(default_factory=dict)
     curves: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    assigned: Mapping[str, Assignment] = field(default_factory=dict)
+    drift: Drift | None = None
     started: float = field(default_factory=time.monotonic)
     _kept: dict[str, Any] = field(default_factory=dict)
 
@@ -106,6 +120,29 @@ class Context:
         from edgellm_sdk.store import save_arrays
 
         save_arrays(self.folder / "checkpoint" / f"{name}.safetensors", arrays, scalars)
+
+    def remember(self, client: str, name: str, round: int, arrays: Arrays, scalars: Mapping[str, Any]) -> None:
+        """Keep what `client` alone knows after `round`, and what it knew one turn before, on the client's own disk."""
+        from edgellm_sdk.store import save_arrays
+
+        folder = self._memory_of(client)
+        save_arrays(folder / f"{name}-{round:08d}.safetensors", arrays, scalars)
+        for old in sorted(folder.glob(f"{name}-*.safetensors"))[:-2]:
+            old.unlink(missing_ok=True)
+
+    def recall(self, client: str, name: str, round: int) -> tuple[dict[str, Any], dict[str, Any]] | None:
+        """(arrays, scalars) of the newest `remember` from before `round`, so that a round done again starts alike."""
+        from edgellm_sdk.store import load_arrays
+
+        before = [
+            path
+            for path in sorted(self._memory_of(client).glob(f"{name}-*.safetensors"))
+            if int(path.stem.rpartition("-")[2]) < round
+        ]
+        return load_arrays(before[-1]) if before else None
+
+    def _memory_of(self, client: str) -> Path:
+        return self.folder / "clients" / hashlib.sha256(client.encode()).hexdigest()[:32]
 
     def resume(self, name: str) -> tuple[dict[str, Any], dict[str, Any]] | None:
         """(arrays, scalars) of the last checkpoint of that name, or None when there is none that is whole."""

@@ -5,6 +5,11 @@ A plugin is a module with a `PLUGIN` (see `edgellm_sdk.registry.Plugin`) and som
 exactly the plugins that the run names, so nobody else's plugin can interfere, and no implementation needs to check
 names. Returning None means "not mine".
 
+What works around another method (clipping, noise, masks, a proximal term) is named in `--around`, outermost last. It
+implements `edgellm_prepare` and `edgellm_incoming`, and `edgellm_assign`, `edgellm_finetune` or `edgellm_aggregate`
+with `@hookimpl(wrapper=True)`: `result = yield`, then return what the next one out is to see. A wrapper finds its own
+options in `ctx.configs`.
+
 Keep the plugin's `__init__.py` light: import torch and the like inside the hook, or in `method.py`.
 """
 
@@ -52,6 +57,14 @@ def edgellm_assign(
     """
 
 
+@hookspec
+def edgellm_prepare(data: Dataset, assignment: Assignment, config: Any, ctx: Context) -> Assignment | None:
+    """On the client, before its work: the assignment as the method is to see it. Optional.
+
+    Every plugin is asked, in the order in which the run names them, each given what the one before returned.
+    """
+
+
 @hookspec(firstresult=True)
 def edgellm_finetune(
     model: ModelHandle, data: Dataset, assignment: Assignment, config: Any, ctx: Context
@@ -62,6 +75,11 @@ def edgellm_finetune(
 @hookspec
 def edgellm_screen(updates: Sequence[Update], state: State, ctx: Context) -> Mapping[str, str] | None:
     """Reasons to reject, by client, or an empty mapping. The reasons of all plugins are united."""
+
+
+@hookspec
+def edgellm_incoming(state: State, updates: Sequence[Update], config: Any, ctx: Context) -> Sequence[Update] | None:
+    """On the server, before it aggregates: the updates as the rule is to see them. Optional; asked as `prepare` is."""
 
 
 @hookspec(firstresult=True)

@@ -13,7 +13,7 @@ import importlib
 import importlib.util
 import io
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -34,6 +34,8 @@ STAGES = {  # the hook that makes a plugin selectable for a stage
     "export": "edgellm_export",
     "deploy": "edgellm_deploy",
 }
+AROUND = ("edgellm_prepare", "edgellm_incoming")
+"""Hooks that make a plugin one for `--around`, as every wrapper does."""
 
 
 @dataclass(frozen=True)
@@ -70,16 +72,18 @@ class Source:
 
 @dataclass(frozen=True)
 class Loaded:
-    """An imported, verified plugin."""
+    """An imported, verified plugin; `wraps` are the hooks that it implements as a wrapper."""
 
     plugin: Plugin
     module: ModuleType
     source: Source
     hooks: tuple[str, ...]
+    wraps: tuple[str, ...] = ()
 
     @property
     def stages(self) -> tuple[str, ...]:
-        return tuple(stage for stage, hook in STAGES.items() if hook in self.hooks)
+        found = tuple(stage for stage, hook in STAGES.items() if hook in self.hooks)
+        return found or (("around",) if self.wraps or set(AROUND) & set(self.hooks) else ())
 
 
 @dataclass(frozen=True)
@@ -166,10 +170,12 @@ def load(source: Source) -> Loaded:
         manager.check_pending()
     except pluggy.PluginValidationError as error:
         raise PluginError(f"plugin {plugin.name!r}: {str(error).splitlines()[-1].strip()}", source.module) from error
-    hooks = tuple(sorted(caller.name for caller in manager.get_hookcallers(module) or ()))
-    if not hooks:
+    callers = manager.get_hookcallers(module) or ()
+    wraps = {caller.name for caller in callers for i in caller.get_hookimpls() if i.wrapper or i.hookwrapper}
+    if not callers:
         raise PluginError(f"plugin {plugin.name!r} implements no hook", source.module)
-    return Loaded(plugin, module, source, hooks)
+    hooks = sorted(caller.name for caller in callers if caller.name not in wraps)
+    return Loaded(plugin, module, source, tuple(hooks), tuple(sorted(wraps)))
 
 
 def describe(source: Source) -> Row:
@@ -184,7 +190,7 @@ def describe(source: Source) -> Row:
         plugin.name,
         plugin.version if source.origin != "built-in" else __version__,
         loaded.stages,
-        loaded.hooks,
+        tuple(sorted((*loaded.hooks, *loaded.wraps))),
         source.origin,
         "needs install" if missing else "ok",
         f"needs {', '.join(missing)}" if missing else "",
@@ -226,12 +232,3 @@ def new_manager() -> pluggy.PluginManager:
     manager = pluggy.PluginManager("edgellm")
     manager.add_hookspecs(hookspecs)
     return manager
-
-
-def manager(plugins: Sequence[Loaded]) -> pluggy.PluginManager:
-    """A manager that holds exactly these plugins; the last one is asked first."""
-    built = new_manager()
-    for loaded in plugins:
-        if not built.has_plugin(loaded.plugin.name):
-            built.register(loaded.module, loaded.plugin.name)
-    return built

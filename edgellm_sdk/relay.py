@@ -6,9 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from edgellm_sdk import config as options
 from edgellm_sdk import registry
 from edgellm_sdk.context import Context
 from edgellm_sdk.errors import EdgeLLMError, PluginError, printable
+from edgellm_sdk.hookspecs import hookimpl
 from edgellm_sdk.types import (
     Artifact,
     Assignment,
@@ -27,30 +29,57 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 
 
+class _Defaults:
+    """What happens at hooks that no plugin of the run answers; it is asked last."""
+
+    @hookimpl
+    def edgellm_initialise(self, model: ModelHandle) -> State:
+        return State(model.digest, 0, {})
+
+    @hookimpl
+    def edgellm_assign(self, state: State, clients: Sequence[str]) -> Mapping[str, Assignment]:
+        return {c: Assignment(state.base, state.round + 1, c, state.sent, state.scalars) for c in clients}
+
+
 class Relay:
-    """The plugins of one step with their configs. For every hook, `config` is that of the plugin that answers."""
+    """The plugins of one step with their configs. For every hook, `config` is that of the plugin that answers; the
+    last plugin is asked first, and a wrapper is outside of those before it."""
 
     def __init__(self, plugins: Sequence[registry.Loaded], configs: Mapping[str, Any]) -> None:
         self.plugins = {loaded.plugin.name: loaded for loaded in plugins}
         self.configs = dict(configs)
-        self._manager = registry.manager(plugins)
+        self._manager = registry.new_manager()
+        self._manager.register(_Defaults(), "default")
+        for loaded in self.plugins.values():
+            self._manager.register(loaded.module, loaded.plugin.name)
+
+    def _implementations(self, hook: str) -> list[Any]:
+        """In the order of the plugins."""
+        return [i for i in getattr(self._manager.hook, hook).get_hookimpls() if not i.wrapper]
 
     def answers(self, hook: str) -> str | None:
         """The plugin that is asked first for `hook`, or None when nobody implements it."""
-        implementations = [i for i in getattr(self._manager.hook, hook).get_hookimpls() if not i.wrapper]
-        return implementations[-1].plugin_name if implementations else None
+        found = [i.plugin_name for i in self._implementations(hook) if i.plugin_name in self.plugins]
+        return found[-1] if found else None
 
-    def _call(self, hook: str, expected: Any, call: Callable[[Any, Any], Any]) -> Any:
-        """The first plugin's answer, an instance of `expected`, or None."""
-        owner = self.answers(hook)
-        if owner is None:
-            return None
+    def _call(
+        self, hook: str, expected: Any, call: Callable[[Any, Any], Any], asked: Mapping[str, Any] | None = None
+    ) -> Any:
+        """The first plugin's answer, an instance of `expected`, or None. `asked` are options of it that this call
+        changes."""
+        owner = self.answers(hook) or "default"
+        settings = self.configs.get(owner)
+        if asked:
+            settings = options.overridden(settings, asked, owner)
+        return self._checked(owner, hook, expected, lambda: call(getattr(self._manager.hook, hook), settings))
+
+    def _checked(self, owner: str, hook: str, expected: Any, call: Callable[[], Any]) -> Any:
         try:
-            result = call(getattr(self._manager.hook, hook), self.configs.get(owner))
+            result = call()
         except (EdgeLLMError, KeyboardInterrupt):
             raise
         except Exception as error:
-            if self.plugins[owner].source.origin == "built-in":
+            if owner not in self.plugins or self.plugins[owner].source.origin == "built-in":
                 raise
             reason = printable(f"{type(error).__name__}: {error}")[:160]
             raise PluginError(f"plugin {owner!r} failed: {reason}", hook) from error
@@ -60,6 +89,18 @@ class Relay:
             )
         return result
 
+    def _chain(self, hook: str, expected: Any, name: str, value: Result, given: Mapping[str, Any]) -> Result:
+        """`value`, passed as the argument `name` from plugin to plugin; one that returns None leaves it."""
+        for i in self._implementations(hook):
+            said = {**given, name: value, "config": self.configs.get(i.plugin_name)}
+
+            def call(i: Any = i, said: Mapping[str, Any] = said) -> Any:
+                return i.function(*(said[argument] for argument in i.argnames))
+
+            changed: Result | None = self._checked(i.plugin_name, hook, expected, call)
+            value = value if changed is None else changed
+        return value
+
     def _need(self, hook: str, result: Result | None) -> Result:
         if result is None:
             raise PluginError(f"none of the plugins {', '.join(self.plugins)} handles this", hook)
@@ -68,29 +109,42 @@ class Relay:
     def initialise(self, model: ModelHandle, ctx: Context) -> State:
         hook = "edgellm_initialise"
         state: State | None = self._call(hook, State, lambda call, config: call(model=model, config=config, ctx=ctx))
-        return state if state is not None else State(model.digest, 0, {})
+        return self._need(hook, state)
 
     def assign(
         self, state: State, clients: Sequence[str], data: Mapping[str, int], ctx: Context
     ) -> dict[str, Assignment]:
         hook = "edgellm_assign"
-        given: Mapping[str, Assignment] | None = self._call(
+        found: Mapping[str, Assignment] | None = self._call(
             hook, Mapping, lambda call, config: call(state=state, clients=clients, data=data, config=config, ctx=ctx)
         )
-        if given is None:
-            return {c: Assignment(state.base, state.round + 1, c, state.arrays, state.scalars) for c in clients}
+        given = self._need(hook, found)
         if set(given) != set(clients) or not all(isinstance(a, Assignment) for a in given.values()):
             raise PluginError(f"plugin {self.answers(hook)!r} did not assign work to exactly the clients asked", hook)
         return {client: given[client] for client in clients}
 
+    def prepare(self, data: Dataset, assignment: Assignment, ctx: Context) -> Assignment:
+        given = {"data": data, "ctx": ctx}
+        return self._chain("edgellm_prepare", Assignment, "assignment", assignment, given)
+
     def finetune(self, model: ModelHandle, data: Dataset, assignment: Assignment, ctx: Context) -> Update:
+        """The client's whole turn: prepared, then worked on under the options that the assignment changes."""
         hook = "edgellm_finetune"
-        update: Update | None = self._call(
-            hook,
-            Update,
-            lambda call, config: call(model=model, data=data, assignment=assignment, config=config, ctx=ctx),
-        )
+        try:
+            prepared = self.prepare(data, assignment, ctx)
+            update: Update | None = self._call(
+                hook,
+                Update,
+                lambda call, config: call(model=model, data=data, assignment=prepared, config=config, ctx=ctx),
+                prepared.options,
+            )
+        finally:
+            ctx.drift = None
         return self._need(hook, update)
+
+    def incoming(self, state: State, updates: Sequence[Update], ctx: Context) -> list[Update]:
+        given = {"state": state, "ctx": ctx}
+        return list(self._chain("edgellm_incoming", Sequence, "updates", updates, given))
 
     def screen(self, updates: Sequence[Update], state: State, ctx: Context) -> dict[str, str]:
         """Reasons to reject, by client; of several plugins' reasons the first is kept."""

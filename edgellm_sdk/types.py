@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 else:  # numpy is not imported to name a type
     Array = Arrays = Float32 = Any
 
+SERVER = "server/"
+"""Begins the names of a State's arrays that are sent to no client."""
+FOLDED = ("folded_A", "folded_B")
+"""End the names of a LoRA that a module's own LoRA rests on: X.folded_A (R, d_in), X.folded_B (d_out, R), scale 1."""
+
 Scalar: TypeAlias = str | int | float | bool | None
 Scalars: TypeAlias = Mapping[str, Any]  # JSON values
 Message: TypeAlias = Mapping[str, str]  # {"role": ..., "content": ...}
@@ -129,8 +134,9 @@ class Update:
 class State:
     """What the server knows after `round` rounds. A run resumes from these bytes alone.
 
-    `cohort` selects the clients of the next round: two states with one cohort sample the same clients. A method that
-    wants the same clients again (FwdLLM while it rejects) returns the cohort it was given.
+    Arrays whose names begin with `server/` are sent to no client. `cohort` selects the clients of the next round: two
+    states with one cohort sample the same clients. A method that wants the same clients again (FwdLLM while it rejects)
+    returns the cohort it was given.
     """
 
     base: str
@@ -138,6 +144,11 @@ class State:
     arrays: Arrays
     scalars: Scalars = field(default_factory=dict)
     cohort: int = 0
+
+    @property
+    def sent(self) -> Arrays:
+        """The arrays that clients may be sent."""
+        return {name: array for name, array in self.arrays.items() if not name.startswith(SERVER)}
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ def aggregate(request: Request) -> Answer:
 
 def company(said: Mapping[str, str]) -> tuple[registry.Loaded, ...]:
     """The plugins of a training run beside its method, as far as they were typed."""
-    found = companions.of_training(said.get("device", "") or "cpu", said.get("aggregate", ""))
+    found = companions.of_training(said.get("device", "") or "cpu", said.get("aggregate", ""), said.get("around", ""))
     return tuple(other for other in found if other.source.name != said.get("plugin", "").replace("_", "-"))
 
 

@@ -123,6 +123,7 @@ def _one_round(relay: Relay, state: State, plan: Plan, engine: Engine, ctx: Cont
     for attempt in range(plan.attempts):
         clients = sample(plan, state.cohort, attempt, ctx)
         assignments = relay.assign(state, clients, plan.clients, ctx)
+        ctx.assigned = assignments
         sent = {client: wire.assignment_to_bytes(assignments[client]) for client in clients}
         began = time.monotonic()
         updates, lines, reasons = _collect(relay, state, assignments, sent, engine(sent), plan.clients, ctx)
@@ -134,7 +135,7 @@ def _one_round(relay: Relay, state: State, plan: Plan, engine: Engine, ctx: Cont
         raise FederationError(
             f"round {number} stayed below quorum {plan.attempts} times", some, "round by round in ledger.jsonl"
         )
-    new = relay.aggregate(state, updates, ctx)
+    new = relay.aggregate(state, relay.incoming(state, updates, ctx), ctx)
     if new.round != number:
         raise FederationError(f"aggregation returned round {new.round} after round {state.round}")
     problem = _not_finite(new)

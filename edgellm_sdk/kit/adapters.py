@@ -20,20 +20,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgellm_sdk import store
 from edgellm_sdk.errors import ConfigError, ModelError
+from edgellm_sdk.kit.probed import Biased, Bottleneck, FullLinear, LoRALinear, Norm, Probed
 from edgellm_sdk.random import Stream
-from edgellm_sdk.types import Array, Arrays, Float32
+from edgellm_sdk.types import FOLDED, Array, Arrays, Float32
 
 KINDS = ("lora", "lora-fa", "adapter", "norm", "layers")
 MARK = "edgellm_adapter.json"
@@ -61,66 +61,6 @@ def module_names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
-class _Probed(nn.Module):
-    """A frozen module with trainable slots; `slots[name]` is (P, *shape) float32."""
-
-    def __init__(self, base: nn.Module) -> None:
-        super().__init__()
-        self.base = base
-        self.slots: dict[str, Tensor] = {}
-
-
-def _by_probe(x: Tensor, probes: int) -> Tensor:
-    """(P * batch, ..., d) seen as (P, batch * ..., d)."""
-    return x.reshape(probes, -1, x.shape[-1])
-
-
-class _LoRALinear(_Probed):
-    def __init__(self, base: nn.Module, scale: float) -> None:
-        super().__init__(base)
-        self.scale = scale
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.base(x)
-        a, b = self.slots["lora_A"], self.slots["lora_B"]
-        low = _by_probe(x, len(b)).float() @ a.mT
-        return y + ((low @ b.mT) * self.scale).to(y.dtype).view(y.shape)
-
-
-class _FullLinear(_Probed):
-    def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self.slots["weight"], getattr(self.base, "bias", None)
-        y = (_by_probe(x, len(weight)) @ weight.to(x.dtype).mT).view(*x.shape[:-1], -1)
-        return y if bias is None else y + bias
-
-
-class _Biased(_Probed):
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.base(x)
-        shift = self.slots["bias"] - self.base.bias.float()  # type: ignore[operator]
-        return (_by_probe(y, len(shift)) + shift[:, None].to(y.dtype)).view(y.shape)
-
-
-class _Norm(_Probed):
-    """RMSNorm whose gain is the slot: normalise with the gain divided out."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        gain = self.slots["weight"]
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.base.variance_epsilon)  # type: ignore[operator]
-        return (_by_probe(wide, len(gain)) * gain[:, None]).to(x.dtype).view(x.shape)
-
-
-class Bottleneck(_Probed):
-    """`h + up(relu(down(h)))` on the output h of the FFN (Pfeiffer)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        h: Tensor = self.base(x)
-        down, up = self.slots["down"], self.slots["up"]
-        low = F.relu(_by_probe(h, len(down)).float() @ down.mT + self.slots["down_bias"][:, None])
-        return h + (low @ up.mT + self.slots["up_bias"][:, None]).to(h.dtype).view(h.shape)
-
-
 def decoder_layers(model: Any) -> nn.ModuleList:
     """The decoder blocks of a causal language model, in order. ModelError for an unknown layout."""
     layers = getattr(getattr(model, "model", None), "layers", None)
@@ -136,7 +76,7 @@ class Trainables:
         self.spec, self.lowest, self.device = spec, lowest, device
         self.initial: dict[str, Float32] = {}
         self.frozen: dict[str, Float32] = {}
-        self._places: dict[str, tuple[_Probed, str]] = {}
+        self._places: dict[str, tuple[Probed, str]] = {}
 
     @property
     def names(self) -> list[str]:
@@ -147,24 +87,36 @@ class Trainables:
         """How many scalars train: d."""
         return sum(array.size for array in self.initial.values())
 
-    def add(self, name: str, probed: _Probed, slot: str, value: Float32, train: bool = True) -> None:
+    def add(self, name: str, probed: Probed, slot: str, value: Float32, train: bool = True) -> None:
         (self.initial if train else self.frozen)[name] = value
         self._places[name] = (probed, slot)
         probed.slots[slot] = torch.from_numpy(value.copy())[None].to(self.device)
 
     def set(self, values: Mapping[str, Tensor]) -> None:
-        """Use these values, each (P, *shape) float32, from the next forward on. All must have one P."""
-        if values.keys() != self.initial.keys():
+        """Use these values, each (P, *shape) float32, from the next forward on. All must have one P.
+
+        A LoRA may be of another rank than it started with, and may rest on a folded one (`types.FOLDED`), (1, *shape).
+        """
+        own = {name: value for name, value in values.items() if not name.endswith(FOLDED)}
+        if own.keys() != self.initial.keys():
             raise ValueError(f"expected tensors {self.names}")
-        probes = {len(value) for value in values.values()}
+        probes = {len(value) for value in own.values()}
         if len(probes) != 1:
             raise ValueError("every tensor needs the same number of probes")
-        for name, value in values.items():
+        (count,) = probes
+        for name, value in own.items():
             probed, slot = self._places[name]
             probed.slots[slot] = value.to(self.device)
         for name, array in self.frozen.items():
             probed, slot = self._places[name]
             probed.slots[slot] = torch.from_numpy(array)[None].to(self.device)
+        for name in values.keys() - own.keys():
+            module, _, side = name.rpartition(".")
+            if side == FOLDED[0]:
+                slots = self._places[f"{module}.lora_B"][0].slots
+                a, b = (values[f"{module}.{end}"].to(self.device) for end in FOLDED)
+                slots["lora_A"] = torch.cat([slots["lora_A"], a.expand(len(slots["lora_A"]), -1, -1)], 1)
+                slots["lora_B"] = torch.cat([slots["lora_B"], (b / self.spec.scale).expand(count, -1, -1)], 2)
 
     def set_one(self, values: Arrays) -> None:
         """Use one set of values, each of its own shape."""
@@ -202,7 +154,7 @@ def _float(tensor: Any) -> Float32:
 
 def _train_gain(parent: nn.Module, path: str, prefix: str, out: Trainables) -> None:
     norm = parent.get_submodule(path)
-    gain = _Norm(norm)
+    gain = Norm(norm)
     out.add(f"{prefix}{path}.weight", gain, "weight", _float(norm.weight))
     _replace(parent, path, gain)
 
@@ -220,20 +172,20 @@ def _install_layer(layer: nn.Module, prefix: str, out: Trainables, stream: Strea
     if spec.kind in ("lora", "lora-fa"):
         for path, linear in linears:
             if path.endswith(spec.targets):
-                module = _LoRALinear(linear, spec.scale)
+                module = LoRALinear(linear, spec.scale)
                 a, b = lora_start(spec.rank, linear.in_features, linear.out_features, stream)
                 out.add(f"{prefix}{path}.lora_A", module, "lora_A", a, train=spec.kind == "lora")
                 out.add(f"{prefix}{path}.lora_B", module, "lora_B", b)
                 _replace(layer, path, module)
     elif spec.kind == "layers":
         for path, linear in linears:
-            full = _FullLinear(linear)
+            full = FullLinear(linear)
             out.add(f"{prefix}{path}.weight", full, "weight", _float(linear.weight))
             _replace(layer, path, full)
     elif spec.kind == "norm":
         biased = [(path, linear) for path, linear in linears if linear.bias is not None]
         for path, linear in biased:
-            shifted = _Biased(linear)
+            shifted = Biased(linear)
             out.add(f"{prefix}{path}.bias", shifted, "bias", _float(linear.bias))
             _replace(layer, path, shifted)
         norms = [(p, m) for p, m in layer.named_children() if hasattr(m, "variance_epsilon") and not biased]
@@ -257,14 +209,36 @@ def write(folder: Path, trainables: Trainables, values: Arrays, base: Mapping[st
 
 
 def write_arrays(folder: Path, spec: Spec, arrays: Arrays, base: Mapping[str, str]) -> None:
-    """As `write`, from all tensors of the adapter, frozen ones too, under the names that `install` gives them."""
+    """As `write`, from all tensors of the adapter, frozen ones too, under the names that `install` gives them. A LoRA
+    and what it rests on become one of the sum of their ranks; smaller ranks are filled up with zeros."""
     folder.mkdir(parents=True, exist_ok=True)
+    spec, arrays = _whole(spec, arrays)
     if spec.kind in ("lora", "lora-fa"):
         store.write_json(folder / "adapter_config.json", _peft_config(spec, arrays, base["path"]))
         arrays = {f"base_model.model.{name}.weight": array for name, array in arrays.items()}
     store.save_arrays(folder / WEIGHTS, arrays, {})
     store.write_json(folder / MARK, {**asdict(spec), "targets": list(spec.targets)})
     store.write_json(folder / "base.json", dict(base))
+
+
+def _whole(spec: Spec, arrays: Arrays) -> tuple[Spec, Arrays]:
+    """Folded LoRAs joined to those that rest on them, all of one rank, at the scale of `spec`."""
+    modules = sorted({name.rpartition(".lora_")[0] for name in arrays if ".lora_" in name})
+    joined = {}
+    for module in modules:
+        a, b = ([arrays[f"{module}.{side}"]] for side in ("lora_A", "lora_B"))
+        if f"{module}.{FOLDED[0]}" in arrays:
+            a.append(arrays[f"{module}.{FOLDED[0]}"])
+            b.append(arrays[f"{module}.{FOLDED[1]}"] / np.float32(spec.scale))
+        joined[module] = np.concatenate(a), np.concatenate(b, axis=1)
+    rank = max((len(a) for a, _ in joined.values()), default=spec.rank)
+    if rank == spec.rank and not any(name.endswith(FOLDED) for name in arrays):
+        return spec, arrays
+    found = {name: array for name, array in arrays.items() if name.rpartition(".")[0] not in joined}
+    for module, (low, high) in joined.items():
+        found[f"{module}.lora_A"] = np.pad(low, ((0, rank - len(low)), (0, 0)))
+        found[f"{module}.lora_B"] = np.pad(high, ((0, 0), (0, rank - high.shape[1])))
+    return replace(spec, rank=rank, alpha=spec.scale * rank), found
 
 
 def _peft_config(spec: Spec, arrays: Arrays, base: str) -> dict[str, Any]:

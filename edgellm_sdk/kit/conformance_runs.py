@@ -185,7 +185,8 @@ def _engine(subject: Subject, relay: Any, ctx: Context, kind: str) -> Any:
         for client, raw in messages.items():
             asked = wire.assignment_from_bytes(raw, client)
             stream = ctx.stream(f"made up/{client}", asked.round)
-            arrays = {"w": stream.normal(24).reshape(6, 4), "b": stream.normal(4)}
+            factors = {"m.lora_A": stream.normal(8).reshape(2, 4), "m.lora_B": stream.normal(12).reshape(6, 2)}
+            arrays = {**factors, "b": stream.normal(4)}
             made = Update(asked.base, asked.round, client, kind, arrays, 3 + len(client))
             yield client, wire.update_to_bytes(made)
 

@@ -95,7 +95,8 @@ def _check(step: Mapping[str, Any], earlier: list[str]) -> list[str]:
 
 def _others(verb: str, step: Mapping[str, Any]) -> tuple[registry.Loaded, ...]:
     """The plugins that a training step names beside its method."""
-    named = [str(step.get(name) or default) for name, default in (("device", "cpu"), ("aggregate", ""))]
+    defaults = (("device", "cpu"), ("aggregate", ""), ("around", ""))
+    named = [str(step.get(name) or default) for name, default in defaults]
     return companions.of_training(*named) if verb == "finetune" else ()
 
 

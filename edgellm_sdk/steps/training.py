@@ -38,6 +38,7 @@ def finetune(
     seed: int = 0,
     device: str = "cpu",
     aggregate: str = "",
+    around: str = "",
     balance: bool = False,
     task_prompt: str = "",
     resume: bool = False,
@@ -54,25 +55,24 @@ def finetune(
     `rounds` 0 means 100; `clients_per_round` 0 means all; `memory` is a budget in MB, 0 for none; the folder
     `hidden` keeps hidden states of frozen layers for later runs; every `watch` rounds the state is measured on held-out
     data (0: never). A stopped run goes on with `resume` and ends in the same bytes.
-    `options` are the method's; those of the `device` and of the plugin that aggregates are tables in it, under their
-    names: `{"rank": 4, "llama_cpp": {"contexts": 2}}`.
+    `around` names plugins that work around the method, the outermost last. `options` are the method's; those of the
+    `device`, of the plugin that aggregates and of those around are tables in it, under their names:
+    `{"rank": 4, "llama_cpp": {"contexts": 2}}`.
     """
     rounds = rounds or DEFAULT_ROUNDS
     asked: dict[str, Any] = {
         "model": model, "data": data, "clients": clients, "rounds": rounds, "clients_per_round": clients_per_round,
-        "partition": partition, "seed": seed, "device": device, "aggregate": aggregate, "balance": balance,
-        "task_prompt": task_prompt, "quorum": quorum, "watch": watch,
-        "hidden": str(hidden),
+        "partition": partition, "seed": seed, "device": device, "aggregate": aggregate, "around": around,
+        "balance": balance, "task_prompt": task_prompt, "quorum": quorum, "watch": watch, "hidden": str(hidden),
     }  # fmt: skip
     config.build(settings.Finetune, asked | {"memory": memory}, "finetune")
     method = registry.get(plugin, "finetune")
-    others = companions.of_training(device, aggregate)
+    others = companions.of_training(device, aggregate, around)
     configs = companions.configs(method, others, options or {})
     own, theirs = companions.separated(options or {}, others)
     asked |= companions.flat(theirs, configs)
     step = prepare("finetune", plugin, "finetune", asked, Path(output), seed, own)
-    plugins = [method, *([registry.get(aggregate, "aggregate")] if aggregate else [])]
-    relay = Relay(plugins, configs)
+    relay = Relay([method, *(other for other in others if "edgellm_objective" not in other.hooks)], configs)
     if relay.answers("edgellm_aggregate") is None:
         raise ConfigError(f"{plugin!r} does not aggregate", "finetune", "add --aggregate fedavg")
     train, valid = training_data(data, task_prompt, balance, seed)

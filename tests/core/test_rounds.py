@@ -149,22 +149,20 @@ def test_fedavg_weights_caps_and_rates() -> None:
     ]
 
     def value(config: Config) -> float:
-        return float(method.aggregate(START, updates, config).arrays["w"][0])
+        return float(method.aggregate(START, updates, config, Context(Path())).arrays["w"][0])
 
     assert value(Config()) == 3.25
     assert value(Config(cap=10)) == 2.5
     assert value(Config(weighting="equal")) == 2.5
     assert value(Config(server_rate=0.5)) == 1.625
-    deltas = [replace(update, kind="delta") for update in updates]
-    assert (
-        float(method.aggregate(replace(START, arrays={"w": np.ones(3, np.float32)}), deltas, Config()).arrays["w"][0])
-        == 4.25
-    )
+    deltas, ones = [replace(update, kind="delta") for update in updates], {"w": np.ones(3, np.float32)}
+    moved = method.aggregate(replace(START, arrays=ones), deltas, Config(), Context(Path()))
+    assert float(moved.arrays["w"][0]) == 4.25
 
 
 def test_a_claim_can_be_capped() -> None:
     updates = [honest_update("c0", 10), honest_update("c3", 10**12)]
-    assert float(method.aggregate(START, updates, Config(cap=10)).arrays["w"][0]) == 2.5
+    assert float(method.aggregate(START, updates, Config(cap=10), Context(Path())).arrays["w"][0]) == 2.5
 
 
 def honest_update(client: str, examples: int) -> Update:

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -26,16 +25,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from edgellm_plugins.aggregation import fedavg
-from edgellm_plugins.aggregation.fedavg import method as averaging
+from edgellm_plugins.aggregation.fedavg import Config
+from edgellm_plugins.aggregation.fedavg import method as fedavg
 from edgellm_plugins.training.options import Options
 from edgellm_sdk.companions import is_torch
-from edgellm_sdk.context import Context
+from edgellm_sdk.context import Context, Drift
 from edgellm_sdk.errors import ConfigError, DataError, FederationError
-from edgellm_sdk.kit import adapters
+from edgellm_sdk.kit import adapters, averaging
 from edgellm_sdk.kit.frozen import Frozen, Kept
 from edgellm_sdk.kit.objective import Objective, measured, objective, written
-from edgellm_sdk.types import Array, Arrays, Assignment, Dataset, Metric, ModelHandle, State, Update
+from edgellm_sdk.types import FOLDED, Array, Arrays, Assignment, Dataset, Metric, ModelHandle, State, Update
 
 FORWARDS = 3  # one forward and one backward, in forwards
 Leaves: TypeAlias = dict[str, Tensor]
@@ -138,13 +137,22 @@ def _scored(frozen: Frozen, kept: Kept, hidden: Tensor) -> Tensor:
     return hidden + top.mlp(top.post_attention_layernorm(hidden))
 
 
-def exact_slope(frozen: Frozen, chunk: int) -> Slope:
-    """The `Slope` of back-propagation."""
+def folded(arrays: Arrays) -> dict[str, Tensor]:
+    """What the LoRAs of an assignment rest on, for `Trainables.set`."""
+    return {
+        name: torch.from_numpy(np.array(array, np.float32))[None]
+        for name, array in arrays.items()
+        if name.endswith(FOLDED)
+    }
+
+
+def exact_slope(frozen: Frozen, chunk: int, beneath: Mapping[str, Tensor] | None = None) -> Slope:
+    """The `Slope` of back-propagation; `beneath` are folded LoRAs."""
 
     def slope(step: int, name: str, make: Callable[[], Dataset], leaves: Leaves) -> float:
         for leaf in leaves.values():  # before any activation: gradients made between them would pin the heap
             leaf.grad = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad.zero_()
-        frozen.trainables.set(leaves)
+        frozen.trainables.set({**leaves, **(beneath or {})})
         return backward(frozen, frozen.batch(name, make), chunk)
 
     return slope
@@ -181,6 +189,18 @@ class StepRule:
             v.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
             spread = (v / (1 - 0.999**self.taken)).sqrt_().add_(self.eps)
             leaf.addcdiv_(m, spread, value=-rate / (1 - 0.9**self.taken))
+
+
+@torch.no_grad()
+def drift_apart(leaves: Leaves, start: Arrays, drift: Drift) -> None:
+    """Add `drift` to every gradient; `start` is theta as the client was sent it."""
+    drift.applied = True
+    for name, leaf in leaves.items():
+        assert leaf.grad is not None
+        if drift.proximal:
+            leaf.grad.add_(leaf - torch.from_numpy(np.array(start[name]))[None].to(leaf), alpha=drift.proximal)
+        if name in drift.arrays:
+            leaf.grad.add_(torch.from_numpy(np.array(drift.arrays[name]))[None].to(leaf))
 
 
 def clip(leaves: Leaves, limit: float) -> float:
@@ -225,10 +245,10 @@ def work(
     Its scalars: `loss`, the mean over the steps of the loss before each, `steps` and `forwards`. DataError without
     examples, FederationError when a loss is not finite.
     """
-    client, count = assignment.client, len(data)
+    client, count, start = assignment.client, len(data), averaging.theta(assignment.arrays)
     if not count:
         raise DataError("has no examples", client)
-    leaves = leaves_of(assignment.arrays, "cpu" if ctx.device.partition(":")[0] != "cuda" else ctx.device)
+    leaves = leaves_of(start, "cpu" if ctx.device.partition(":")[0] != "cuda" else ctx.device)
     rule = StepRule(leaves, settings.optimizer, settings.weight_decay, eps)
     first, losses = (assignment.round - 1) * settings.steps, []
     for step in range(first, first + settings.steps):
@@ -236,11 +256,11 @@ def work(
         losses.append(slope(step, f"{client}/{place}", lambda rows=indices: data.select(rows), leaves))  # type: ignore[misc]
         if not math.isfinite(losses[-1]):
             raise FederationError("the training loss is not finite", client, "lower the learning rate")
+        if ctx.drift is not None:
+            drift_apart(leaves, start, ctx.drift)
         clip(leaves, settings.clip)
         rule.step(learning_rate(step, ctx.rounds * settings.steps, settings))
-    delta: dict[str, Array] = {
-        name: leaf.detach()[0].cpu().numpy() - assignment.arrays[name] for name, leaf in leaves.items()
-    }
+    delta: dict[str, Array] = {name: leaf.detach()[0].cpu().numpy() - start[name] for name, leaf in leaves.items()}
     scalars = {"loss": math.fsum(losses) / len(losses), "steps": len(losses), "forwards": cost * len(losses)}
     return Update(assignment.base, assignment.round, client, "delta", delta, count, "", scalars)
 
@@ -253,40 +273,37 @@ def initialise(model: ModelHandle, found: Objective) -> State:
     return State(model.digest, 0, dict(found.initial), {"forwards": 0, "steps": 0})
 
 
-def screen(updates: Sequence[Update], state: State, steps: int, cost: int) -> dict[str, str]:
-    """Reject what is not a change of theta, and counts other than those the clients were asked for."""
+def screen(
+    updates: Sequence[Update], state: State, steps: int, cost: int, ctx: Context, kind: str = "delta"
+) -> dict[str, str]:
+    """Reject what is no `kind` of theta of the shapes that were sent, and counts other than those the clients were
+    asked for: `steps` each, or as many as the assignment says."""
     reasons = {}
     for update in updates:
         told = update.scalars
         counts = told.get("steps"), told.get("forwards")
-        if update.kind != "delta":
-            reasons[update.client] = f"kind {update.kind[:40]!r} is no change of weights"
-        elif counts != (steps, steps * cost) or any(type(count) is not int for count in counts):
+        asked = ctx.assigned[update.client].options if update.client in ctx.assigned else {}
+        wanted = int(asked.get("steps") or steps)
+        if update.kind != kind:
+            reasons[update.client] = f"kind {update.kind[:40]!r} is not {kind!r}"
+        elif counts != (wanted, wanted * cost) or any(type(count) is not int for count in counts):
             reasons[update.client] = "claims other steps than it was asked for"
         elif type(told.get("loss")) is not float or not math.isfinite(told["loss"]):
             reasons[update.client] = "claims an impossible loss"
     rest = [update for update in updates if update.client not in reasons]
-    return reasons | averaging.screen(rest, state)
+    return reasons | averaging.screen(rest, state, ctx)
 
 
 def aggregate(state: State, updates: Sequence[Update], ctx: Context) -> State:
-    """FedAvg's mean of the changes on top of theta, in float64 over clients in sorted order; counts and curves."""
-    new = averaging.aggregate(state, updates, fedavg.Config())
-    examples = sum(update.examples for update in updates)
-    ordered = sorted(updates, key=lambda update: update.client)
-    loss = math.fsum(update.scalars["loss"] * update.examples for update in ordered) / examples
-    scalars = dict(state.scalars)
-    scalars["steps"] += max(update.scalars["steps"] for update in updates)
-    scalars["forwards"] += sum(update.scalars["forwards"] for update in updates)
-    ctx.trained(new.round, scalars["forwards"], loss)
-    return replace(new, scalars=scalars)
+    """FedAvg's mean of the changes on top of theta."""
+    return fedavg.aggregate(state, updates, Config(), ctx)
 
 
 def measure(subject: Any, data: Dataset, ctx: Context) -> Mapping[str, Metric] | None:
     """Loss and, for labelled data, balanced accuracy of theta in the middle of a run."""
-    return measured(subject.arrays, data, ctx) if isinstance(subject, State) else None
+    return measured(subject.sent, data, ctx) if isinstance(subject, State) else None
 
 
 def personalise(model: ModelHandle, state: State, folder: Path, found: Objective) -> ModelHandle:
     """theta as a PEFT adapter folder on its base."""
-    return written(found, folder, state.arrays, model)
+    return written(found, folder, state.sent, model)

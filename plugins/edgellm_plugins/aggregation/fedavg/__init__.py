@@ -33,13 +33,13 @@ PLUGIN = Plugin(
 
 @hookimpl
 def edgellm_screen(updates: Sequence[Update], state: State, ctx: Context) -> Mapping[str, str]:
-    from edgellm_plugins.aggregation.fedavg.method import screen
+    from edgellm_sdk.kit.averaging import screen
 
-    return screen(updates, state)
+    return screen(updates, state, ctx)
 
 
 @hookimpl
 def edgellm_aggregate(state: State, updates: Sequence[Update], config: Config, ctx: Context) -> State:
     from edgellm_plugins.aggregation.fedavg.method import aggregate
 
-    return aggregate(state, updates, config)
+    return aggregate(state, updates, config, ctx)

@@ -35,14 +35,14 @@ def initialise(model: ModelHandle, config: Config, ctx: Context) -> State:
 
 def finetune(model: ModelHandle, data: Dataset, assignment: Assignment, config: Config, ctx: Context) -> Update:
     """One client's steps in one round: kind `delta`, float32 arrays of theta's names and shapes."""
-    slope = backprop.exact_slope(_frozen(model, config, ctx), config.chunk)
+    slope = backprop.exact_slope(_frozen(model, config, ctx), config.chunk, backprop.folded(assignment.arrays))
     return backprop.work(slope, backprop.FORWARDS, data, assignment, config, ctx)
 
 
 def screen(updates: Sequence[Update], state: State, ctx: Context) -> dict[str, str]:
     """As `backprop.screen`, for the steps this run asks of a client."""
     config: Config = ctx.configs[PLUGIN.name]
-    return backprop.screen(updates, state, config.steps, backprop.FORWARDS)
+    return backprop.screen(updates, state, config.steps, backprop.FORWARDS, ctx)
 
 
 def personalise(model: ModelHandle, state: State, folder: Path, config: Config, ctx: Context) -> ModelHandle:

@@ -160,7 +160,7 @@ def _corrected(slope: Slope, correct: Correct) -> Slope:
 def screen(updates: Sequence[Update], state: State, ctx: Context) -> Mapping[str, str]:
     """As `backprop.screen`, for the steps this run asks of a client."""
     config: Config = ctx.configs[PLUGIN.name]
-    return backprop.screen(updates, state, config.steps, _cost(config))
+    return backprop.screen(updates, state, config.steps, _cost(config), ctx)
 
 
 def personalise(model: ModelHandle, state: State, folder: Path, config: Config, ctx: Context) -> ModelHandle:

@@ -1,0 +1,23 @@
+"""A client's turn: the bytes of an assignment in, the bytes of an update out. Every engine ends here."""
+
+from __future__ import annotations
+
+from edgellm_sdk import wire
+from edgellm_sdk.context import Context
+from edgellm_sdk.errors import ConfigError, DeviceError, EdgeLLMError, Interrupted, PluginError, StorageError
+from edgellm_sdk.federate.rounds import Failure
+from edgellm_sdk.relay import Relay
+from edgellm_sdk.types import Dataset, ModelHandle
+
+NOT_THE_CLIENTS_FAULT = (ConfigError, DeviceError, Interrupted, PluginError, StorageError)
+
+
+def work(relay: Relay, model: ModelHandle, data: Dataset, client: str, message: bytes, ctx: Context) -> bytes | Failure:
+    """What `client` answers to `message`. Work that raises leaves it out of the round with its reason, unless the
+    error is none of its own."""
+    try:
+        return wire.update_to_bytes(relay.finetune(model, data, wire.assignment_from_bytes(message, client), ctx))
+    except NOT_THE_CLIENTS_FAULT:
+        raise
+    except EdgeLLMError as error:
+        return Failure(error.what)

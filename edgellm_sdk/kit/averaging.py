@@ -1,0 +1,107 @@
+"""What rules of aggregation share: which arrays train, whose word weighs how much, means, the next State.
+
+Everything is numpy, sums run in float64 over clients in sorted order, so the order of arrival changes no byte.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from edgellm_sdk.context import Context
+from edgellm_sdk.errors import FederationError
+from edgellm_sdk.types import FOLDED, Array, Arrays, State, Update
+from edgellm_sdk.wire import check_update
+
+KINDS = ("weights", "delta")
+"""`weights`: a client's new values; `delta`: new values minus those it was sent."""
+
+
+def theta(arrays: Arrays) -> dict[str, Array]:
+    """What trains: neither a plugin's own arrays, which have a slash in their names, nor a folded LoRA."""
+    return {name: array for name, array in arrays.items() if "/" not in name and not name.endswith(FOLDED)}
+
+
+def sent(client: str, state: State, ctx: Context) -> dict[str, Array]:
+    """theta as `client` was sent it; the state's where no assignment is known, as for files carried by hand."""
+    return theta(ctx.assigned[client].arrays if client in ctx.assigned else state.sent)
+
+
+def screen(updates: Sequence[Update], state: State, ctx: Context) -> dict[str, str]:
+    """Reject what is no set of weights, names, shapes or dtypes other than those the client was sent, and a kind other
+    than that of most. Where nothing was sent the first update's arrays are the measure.
+    """
+    first = theta(updates[0].arrays) if updates else {}
+    reasons = {}
+    for update in updates:
+        if update.kind not in KINDS:
+            reasons[update.client] = f"kind {update.kind[:40]!r} is no set of weights"
+        elif problem := check_update(update, state, update.client, sent(update.client, state, ctx) or first):
+            reasons[update.client] = problem
+    kinds = [update.kind for update in updates if update.client not in reasons]
+    most = max(KINDS, key=kinds.count)
+    odd = {update.client: f"sends {update.kind}, most send {most}" for update in updates if update.kind != most}
+    return {**odd, **reasons}
+
+
+def shares(updates: Sequence[Update], weighting: str = "examples", cap: int = 0) -> list[float]:
+    """Weights that sum to 1: by the number of `examples` a client claims, at most `cap` of them, or `equal`."""
+    counts = [
+        1 if weighting == "equal" else min(update.examples, cap) if cap else update.examples for update in updates
+    ]
+    return [count / sum(counts) for count in counts]
+
+
+def ordered(updates: Sequence[Update]) -> list[Update]:
+    """Sorted by client. FederationError when they are not all of one kind that is a set of weights."""
+    kinds = {update.kind for update in updates}
+    if len(kinds) != 1 or not kinds <= set(KINDS):
+        raise FederationError(f"cannot combine updates of kind {', '.join(sorted(kinds))}", "aggregate")
+    return sorted(updates, key=lambda update: update.client)
+
+
+def values(update: Update, state: State, ctx: Context) -> dict[str, Array]:
+    """A client's new theta: float64 for a `delta`, as it came for `weights`."""
+    if update.kind == "weights":
+        return dict(update.arrays)
+    start = sent(update.client, state, ctx)
+    return {name: array.astype(np.float64) + start.get(name, 0) for name, array in update.arrays.items()}
+
+
+def mean(several: Sequence[Arrays], weights: Sequence[float]) -> dict[str, Array]:
+    """sum_k weights[k] several[k], name by name: float64. FederationError for integers and for unlike shapes."""
+    found = {}
+    for name, first in several[0].items():
+        total = np.zeros(first.shape)
+        for arrays, weight in zip(several, weights, strict=True):
+            array = arrays[name]
+            if array.dtype.kind != "f":
+                raise FederationError(f"{name} holds {array.dtype}, which has no mean", "aggregate")
+            if array.shape != first.shape:
+                what = f"{name} has shapes {list(first.shape)} and {list(array.shape)}, which have no mean"
+                raise FederationError(what, "aggregate", "use flexlora or flora for unlike ranks")
+            total += array.astype(np.float64) * weight
+        found[name] = total
+    return found
+
+
+def advanced(
+    state: State, updates: Sequence[Update], arrays: Arrays, ctx: Context, scalars: Mapping[str, object] | None = None
+) -> State:
+    """The State of the next round, with `scalars` added to those there are.
+
+    Where all updates tell their `steps`, `forwards` and `loss`, these are added up and drawn over rounds: steps as the
+    most of any client, forwards of all, the loss weighted by examples.
+    """
+    told: dict[str, object] = {**state.scalars, **(scalars or {})}
+    rows = sorted(updates, key=lambda update: update.client)
+    if rows and all({"steps", "forwards", "loss"} <= update.scalars.keys() for update in rows):
+        examples = sum(update.examples for update in rows)
+        steps, forwards = (int(state.scalars.get(name, 0)) for name in ("steps", "forwards"))
+        told["steps"] = steps + max(update.scalars["steps"] for update in rows)
+        told["forwards"] = forwards = forwards + sum(update.scalars["forwards"] for update in rows)
+        loss = math.fsum(update.scalars["loss"] * update.examples for update in rows) / examples
+        ctx.trained(state.round + 1, forwards, loss)
+    return State(state.base, state.round + 1, arrays, told, state.cohort + 1)
