@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from edgellm_sdk.random import Stream
 
 if TYPE_CHECKING:
-    from edgellm_sdk.types import Arrays, Assignment
+    from edgellm_sdk.types import Arrays, Assignment, ModelHandle, Profile
 
 Kept = TypeVar("Kept")
 
@@ -27,6 +27,14 @@ class Drift:
     proximal: float = 0.0
     arrays: Arrays = field(default_factory=dict)
     applied: bool = False
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one client's turn: peak resident bytes and seconds, measured or foretold; 0 where unknown."""
+
+    peak: int = 0
+    seconds: float = 0.0
 
 
 class Progress:
@@ -44,7 +52,8 @@ class Context:
     """`folder` is where this step writes, `memory` a budget in bytes, `deadline` a `time.monotonic()` value, `rounds`
     the number planned, `hidden` a folder for hidden states that later runs may take up. A hook is given its own
     plugin's config; a wrapper finds its own under its name in `configs`. On the server `assigned` is what each client
-    of the round was sent; on a client `drift` changes the gradients of the turn at hand.
+    of the round was sent, `profiles` what clients say they have, `foretold` what whoever assigned work expects it to
+    cost; on a client `drift` changes the gradients of the turn at hand, and `spent` is what turns did cost.
     """
 
     folder: Path
@@ -61,6 +70,10 @@ class Context:
     notes: list[str] = field(default_factory=list)
     assigned: Mapping[str, Assignment] = field(default_factory=dict)
     drift: Drift | None = None
+    model: ModelHandle | None = None
+    profiles: Mapping[str, Profile] = field(default_factory=dict)
+    foretold: dict[str, Cost] = field(default_factory=dict)
+    spent: dict[str, Cost] = field(default_factory=dict)
     started: float = field(default_factory=time.monotonic)
     _kept: dict[str, Any] = field(default_factory=dict)
 

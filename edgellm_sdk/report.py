@@ -87,7 +87,8 @@ class Report:
         """Take time and memory from `meter`, curves and notes from `ctx`, and look at the environment."""
         self.started = meter.started
         self.wall_seconds, self.cpu_seconds = meter.wall_seconds, meter.cpu_seconds
-        self.peak_rss_bytes = meter.peak_rss_bytes
+        turns = ctx.spent.values() if ctx is not None else ()
+        self.peak_rss_bytes = max([meter.peak_rss_bytes, *(turn.peak for turn in turns)])
         self.environment = environment()
         if ctx is not None:
             self.curves = dict(ctx.curves)
@@ -229,7 +230,7 @@ class Meter:
 
     def __enter__(self) -> Meter:
         self.started = now()
-        _forget_peak()
+        forget_peak()
         self._wall, self._cpu, self._children = time.monotonic(), _cpu(), _peak_of_children()
         return self
 
@@ -258,7 +259,7 @@ def _peak_of_children() -> int:
     return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * _unit()
 
 
-def _forget_peak() -> None:
+def forget_peak() -> None:
     """Start the kernel's high-water mark afresh where it allows that, so a step does not inherit an earlier one's."""
     try:
         Path("/proc/self/clear_refs").write_text("5")

@@ -14,7 +14,8 @@ from edgellm_sdk.store import storage_error, write_bytes
 
 @dataclass(frozen=True)
 class Line:
-    """One client in one round. Sizes are bytes of whole messages; `*_payload` leaves the framing out."""
+    """One client in one round. Sizes are bytes of whole messages; `*_payload` leaves the framing out. `peak` bytes and
+    `took` seconds of its turn, as measured where it ran and as foretold, are 0 where unknown."""
 
     client: str
     down: int
@@ -22,6 +23,10 @@ class Line:
     up: int
     up_payload: int
     rejected: str = ""
+    peak: int = 0
+    took: float = 0.0
+    foretold_peak: int = 0
+    foretold_took: float = 0.0
 
 
 class Ledger:

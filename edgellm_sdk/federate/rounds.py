@@ -11,10 +11,10 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from edgellm_sdk import wire
-from edgellm_sdk.context import Context
+from edgellm_sdk.context import Context, Cost
 from edgellm_sdk.errors import FederationError, ModelError
 from edgellm_sdk.federate.ledger import Ledger, Line
 from edgellm_sdk.relay import Relay
@@ -153,6 +153,14 @@ def _not_finite(state: State) -> str | None:
     return None
 
 
+def _costs(client: str, ctx: Context) -> dict[str, Any]:
+    spent, foretold = (costs.get(client, Cost()) for costs in (ctx.spent, ctx.foretold))
+    return {
+        "peak": spent.peak, "took": round(spent.seconds, 4),
+        "foretold_peak": foretold.peak, "foretold_took": round(foretold.seconds, 4),
+    }  # fmt: skip
+
+
 def _collect(
     relay: Relay,
     state: State,
@@ -202,6 +210,7 @@ def _collect(
             up=received.get(client, 0),
             up_payload=payload.get(client, 0),
             rejected=reasons.get(client, ""),
+            **_costs(client, ctx),
         )
         for client in sorted(sent)
     ]

@@ -14,6 +14,7 @@ from edgellm_sdk.federate.by_hand import combine
 from edgellm_sdk.federate.engine import in_process
 from edgellm_sdk.federate.ledger import Ledger
 from edgellm_sdk.federate.partition import partition as deal
+from edgellm_sdk.federate.profiles import read as read_profiles
 from edgellm_sdk.federate.rounds import Plan, Watch, resumed, run_rounds
 from edgellm_sdk.random import Stream
 from edgellm_sdk.relay import Relay
@@ -43,6 +44,7 @@ def finetune(
     task_prompt: str = "",
     resume: bool = False,
     dry_run: bool = False,
+    profiles: str | Path = "",
     quorum: float = 0.5,
     memory: int = 0,
     hidden: str | Path = "",
@@ -64,6 +66,7 @@ def finetune(
         "model": model, "data": data, "clients": clients, "rounds": rounds, "clients_per_round": clients_per_round,
         "partition": partition, "seed": seed, "device": device, "aggregate": aggregate, "around": around,
         "balance": balance, "task_prompt": task_prompt, "quorum": quorum, "watch": watch, "hidden": str(hidden),
+        "profiles": str(profiles),
     }  # fmt: skip
     config.build(settings.Finetune, asked | {"memory": memory}, "finetune")
     method = registry.get(plugin, "finetune")
@@ -79,6 +82,7 @@ def finetune(
     indices = deal(train, partition, clients, Stream(seed, "partition"))
     if clients_per_round > len(indices):
         raise ConfigError(f"{clients_per_round} clients per round of {len(indices)}", "clients-per-round")
+    told = read_profiles(Path(profiles), list(indices)) if profiles else {}
     if dry_run:
         return step.plan()
     handle = models.resolve(model)
@@ -91,7 +95,8 @@ def finetune(
         with Meter() as meter:
             ctx = Context(
                 step.folder, seed, device, memory=memory << 20 or None, quiet=quiet, rounds=rounds,
-                configs=relay.configs, hidden=Path(hidden).expanduser() if hidden else None,
+                configs=relay.configs, hidden=Path(hidden).expanduser() if hidden else None, model=handle,
+                profiles=told,
             )  # fmt: skip
             shards = {client: train.select(rows) for client, rows in indices.items()}
             plan = Plan(
