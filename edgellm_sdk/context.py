@@ -47,6 +47,15 @@ class Progress:
         self._advance(amount, text)
 
 
+@dataclass(frozen=True)
+class Rounds:
+    """The view of a federation at work. `answered(clients so far, clients asked, round)`; `ended(cells, headline)` with
+    the cells of a finished round: number, took part, left out, bytes up, bytes down, seconds."""
+
+    answered: Callable[[int, int, int], None]
+    ended: Callable[[tuple[Any, ...], str], None]
+
+
 @dataclass
 class Context:
     """`folder` is where this step writes, `memory` a budget in bytes, `deadline` a `time.monotonic()` value, `rounds`
@@ -127,6 +136,17 @@ class Context:
 
         with progress_bar(title, total) as advance:
             yield Progress(advance)
+
+    @contextmanager
+    def rounds_view(self, total: int, done: int) -> Iterator[Rounds]:
+        """A table of the last rounds, who has answered in this one, and a bar; nothing when quiet."""
+        if self.quiet:
+            yield Rounds(lambda answered, asked, number: None, lambda cells, text: None)
+            return
+        from edgellm_sdk.cli.screen import rounds_view
+
+        with rounds_view(total, done) as view:
+            yield Rounds(*view)
 
     def checkpoint(self, name: str, arrays: Arrays, scalars: Mapping[str, Any]) -> None:
         """Save resumable work atomically under `folder / "checkpoint"`; replaces the last one of that name."""

@@ -41,8 +41,9 @@ class Report:
     `config` are the verb's settings and `options` the plugin's, as used. `bytes` maps each client to its totals (see
     `federate.ledger.Ledger.totals`). `curves` are named `y over x`. `rejected` rows have client, round and reason,
     `artifacts` rows name (relative to the report's folder), sha256 and bytes, `tables` title, columns and rows,
-    `examples` prompt and any of before, after, expected. `verified` is what the export gate found. `resumed` counts
-    how often the run was taken up again. `peak_rss_bytes` is that of the largest single process.
+    `examples` prompt and any of before, after, expected. `verified` is what the export gate found. `federation` is what
+    `federate.ledger.Ledger.overview` tells. `resumed` counts how often the run was taken up again. `peak_rss_bytes` is
+    that of the largest single process.
     """
 
     verb: str
@@ -60,6 +61,7 @@ class Report:
     metrics: dict[str, Metric] = field(default_factory=dict)
     curves: dict[str, Points] = field(default_factory=dict)
     rejected: list[Row] = field(default_factory=list)
+    federation: dict[str, Any] = field(default_factory=dict)
     privacy: dict[str, Any] | None = None
     artifacts: list[Row] = field(default_factory=list)
     verified: dict[str, Any] = field(default_factory=dict)

@@ -55,7 +55,8 @@ def shape_of(model: ModelHandle, precision: str = "auto") -> Shape:
 
 @dataclass(frozen=True)
 class Turn:
-    """One client's work: `trained` layers from the top, `scalars` that train, `steps` of `batch` texts of `length`."""
+    """One client's work: `trained` layers from the top, `scalars` that train, `steps` of `batch` texts of `length`, of
+    each of which `scored` positions go through the vocabulary."""
 
     trained: int
     scalars: int
@@ -64,6 +65,7 @@ class Turn:
     length: int
     chunk: int = 64
     probes: int = 0
+    scored: int = 4
 
     @property
     def tokens(self) -> int:
@@ -83,12 +85,13 @@ def memory(shape: Shape, turn: Turn, floor: int) -> int:
 
 
 def flops(shape: Shape, turn: Turn) -> float:
-    """Floating-point operations of all steps: 2 a parameter and token for a forward pass; for back-propagation as much
-    again, in the trained layers, for running them once more and for the gradient by their input."""
-    forward = 2.0 * shape.parameters * turn.tokens
-    if turn.probes:
-        return turn.steps * 2 * turn.probes * forward
-    return turn.steps * (forward + 4.0 * shape.per_layer * turn.trained * turn.tokens)
+    """Floating-point operations of all steps, 2 a parameter and token for a forward pass. Frozen layers below the
+    trained ones run once a step. Trained ones run for every probe; for back-propagation once, once more to have their
+    activations again, and as long for the gradient by their input. Attention over the texts is left out."""
+    layer = 2.0 * shape.per_layer * turn.tokens
+    head = 2.0 * shape.vocabulary * shape.hidden * turn.batch * min(turn.scored, turn.length)
+    times = 2 * turn.probes if turn.probes else 3
+    return turn.steps * ((shape.layers - turn.trained) * layer + times * (turn.trained * layer + head))
 
 
 def seconds(shape: Shape, turn: Turn, rate: float, profile: Profile, down: int, up: int) -> float:

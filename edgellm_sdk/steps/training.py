@@ -113,13 +113,16 @@ def finetune(
             tuned = relay.personalise(handle, final, step.folder / "model", ctx)
             measured = relay.measure(final, valid, ctx) if valid is not None else {}
         report.finish(meter, ctx)
-        _describe_federation(report, book, final, measured)
+        _describe_federation(report, book, final, measured, {c: p.kind for c, p in told.items()})
         relay.report(report, ctx)
         return step.publish(tuned, report)
 
 
-def _describe_federation(report: Report, book: Ledger, final: State, measured: Mapping[str, Metric]) -> None:
+def _describe_federation(
+    report: Report, book: Ledger, final: State, measured: Mapping[str, Metric], kinds: Mapping[str, str]
+) -> None:
     totals = book.totals()
+    report.federation = book.overview(kinds)
     report.bytes = totals
     report.rejected = [
         {"client": row["client"], "round": row["round"], "reason": row["rejected"]}

@@ -200,9 +200,17 @@ def test_flops_are_those_that_torch_counts(handle: ModelHandle) -> None:
     shape, model = footprint.shape_of(handle), handle.load().model
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(input_ids=torch.zeros((2, 8), dtype=torch.long))
-    turn = footprint.Turn(0, 0, 1, 2, 8, probes=1)
-    embedding = 2 * shape.vocabulary * shape.hidden * 16  # looked up, not multiplied
-    assert footprint.flops(shape, turn) / 2 - embedding == pytest.approx(counter.get_total_flops(), rel=0.05)
+    embedding = 0 if model.config.tie_word_embeddings else shape.vocabulary * shape.hidden
+    assert shape.per_layer * shape.layers == pytest.approx(shape.parameters - shape.vocabulary * shape.hidden, rel=0.01)
+    body, head = (shape.parameters - embedding) * 16 * 2, 2 * shape.vocabulary * shape.hidden * 16
+    assert body == pytest.approx(counter.get_total_flops(), rel=0.1)
+    per_layer = 2 * shape.per_layer * 16
+    for turn, wanted in (
+        (footprint.Turn(0, 0, 1, 2, 8, probes=1, scored=8), 2 * per_layer + 2 * head),
+        (footprint.Turn(2, 0, 1, 2, 8, probes=3, scored=8), 6 * (2 * per_layer + head)),
+        (footprint.Turn(1, 0, 5, 2, 8, scored=8), 5 * (per_layer + 3 * (per_layer + head))),
+    ):
+        assert footprint.flops(shape, turn) == wanted
 
 
 def test_a_federation_of_three_kinds(handle: ModelHandle, tmp_path: Path) -> None:
