@@ -100,9 +100,16 @@ def seconds(shape: Shape, turn: Turn, rate: float, profile: Profile, down: int, 
     return flops(shape, turn) / rate + carried
 
 
-def gemm_rate(shape: Shape) -> float:
-    """flop/s of a matrix product of the sizes these models have, in the dtype of the weights: the best of five, on this
-    machine, on torch's threads."""
+def cores_here() -> int:
+    """Cores that torch uses in this process."""
+    import torch
+
+    return torch.get_num_threads()
+
+
+def core_rate(shape: Shape) -> float:
+    """flop/s of a core in a matrix product of the sizes these models have, in the dtype of the weights: the best of
+    five, on this machine, on torch's threads."""
     import torch
 
     dtype = torch.float32 if shape.bytes == 4 else torch.bfloat16
@@ -113,4 +120,4 @@ def gemm_rate(shape: Shape) -> float:
         for _ in range(4):
             torch.mm(a, b)
         best = max(best, 4 * 2 * 512 * 576 * 1536 / (time.perf_counter() - began))
-    return best
+    return best / cores_here()

@@ -86,14 +86,14 @@ def foretold(kind: Kind, client: str, theta: Arrays, config: Config, ctx: Contex
         return Cost()
     model, scalars = ctx.model, sum(array.size for array in theta.values())
     shape = ctx.keep(f"shape {model.digest}", lambda: footprint.shape_of(model, config.precision))
-    rate = ctx.keep(f"rate {model.digest}", lambda: footprint.gemm_rate(shape) / torch.get_num_threads())
+    rate = ctx.keep(f"rate of a core {model.digest}", lambda: footprint.core_rate(shape))
     turn = footprint.Turn(
         config.layers or shape.layers, scalars, config.steps, config.batch_size, config.max_length, config.chunk,
         config.probes if kind.work == "scalars" else 0,
     )  # fmt: skip
     profile = ctx.profiles.get(client, Profile())
     carried = sum(array.nbytes for array in theta.values()), sent_bytes(kind, theta, config)
-    cores = profile.cores or torch.get_num_threads()
+    cores = profile.cores or footprint.cores_here()
     peak = footprint.memory(shape, turn, config.floor * 1_000_000)
     return Cost(peak, footprint.seconds(shape, turn, rate * cores, profile, *carried))
 
