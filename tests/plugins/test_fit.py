@@ -54,8 +54,9 @@ def test_a_poor_client_does_less(tiny_llama: Path, tmp_path: Path) -> None:
         options={"steps": 6, "batch_size": 8, "max_length": 32, "fit": {"seconds": 3.0}},
     )  # fmt: skip
     assert done.report.rejected == []
-    poor = 3.0 / (2 * 8 * next(iter(done.report.bytes.values()))["down_payload"] / 2 / 1e5)
-    assert done.report.metrics["forwards"].value == 2 * 3 * (6 + 6 + max(1, int(poor)) if poor < 6 else 6)
+    sent = done.report.bytes["client-001"]["up_payload"] / 2
+    assert 8 * sent / 1e5 > 3.0  # its uplink alone takes longer than a turn may
+    assert done.report.metrics["forwards"].value == 2 * 3 * (6 + 6 + 1)
     assert any("client-001 has 1 MB, one example takes" in note for note in done.report.notes)
     rows = [json.loads(line) for line in (tmp_path / "run" / "ledger.jsonl").read_text().splitlines()]
     assert all(row["foretold_peak"] > 330_000_000 for row in rows)
