@@ -139,7 +139,7 @@ def _mixture(alphas: Array, stream: Stream) -> Array:
         return drawn
     edges = np.cumsum(alphas)  # all underflowed: the limit is one label, drawn by its share
     label = min(int(np.searchsorted(edges, stream.uniform(1)[0] * edges[-1], side="right")), len(alphas) - 1)
-    return np.eye(len(alphas))[label]
+    return np.asarray(np.eye(len(alphas))[label])
 
 
 def _by_label(groups: list[list[int]], count: int, clients: int, stream: Stream) -> list[list[int]]:

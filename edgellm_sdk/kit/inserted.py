@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from edgellm_sdk.errors import ConfigError, ModelError
 from edgellm_sdk.kit.probed import Biased, Bottleneck, FullLinear, LayerNorm, Norm, Prefixed, Probed
@@ -149,7 +149,7 @@ def place(layer: nn.Module, path: str) -> Any:
         raise ModelError(f"{type(layer).__name__} has no {path}", fix="use a Llama-type model") from None
 
 
-def floats(tensor: Tensor) -> Float32:
+def floats(tensor: Any) -> Float32:
     """A copy, float32; zeros for a tensor on the meta device, which has a shape and no values."""
     if tensor.is_meta:
         return np.broadcast_to(np.float32(0), tuple(tensor.shape))
