@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 
 import torch
 from torch import Tensor
 
-from edgellm_plugins.federated.options import Local
+from edgellm_plugins.federated.options import Local, steps_of
 from edgellm_plugins.training import backprop
 from edgellm_plugins.training.backprop import Leaves, Slope
 from edgellm_sdk import config as options
@@ -43,11 +42,6 @@ def digest(spec: Spec, *more: str) -> str:
     """Of what trains and how it counts. Its rank is left out: shapes tell it, and clients may differ in it."""
     told = {name: value for name, value in asdict(spec).items() if name != "rank"}
     return hashlib.sha256(json.dumps([told, *more], sort_keys=True).encode()).hexdigest()
-
-
-def steps_of(config: Local, examples: int) -> int:
-    """Steps of a client in a round."""
-    return config.steps or config.epochs * math.ceil(examples / config.batch_size)
 
 
 def slope_of(frozen: Frozen, config: Local, beneath: Mapping[str, Tensor] | None = None, inputs: bool = False) -> Slope:

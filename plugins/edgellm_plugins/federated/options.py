@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from edgellm_plugins.training.options import Options
@@ -17,3 +18,8 @@ class Local(Options):
     epochs: int = opt(1, "E, passes of a client over its data in a round", ge=1, le=10_000)
     steps: int = opt(0, "steps of each client in a round; 0 makes whole passes", ge=0, le=1_000_000)
     micro_batch: int = opt(0, "examples at once, gradients added up to a minibatch; 0 takes it whole", ge=0)
+
+
+def steps_of(config: Local, examples: int) -> int:
+    """Steps of a client in a round."""
+    return config.steps or config.epochs * math.ceil(examples / config.batch_size)
