@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from edgellm_plugins.federated import local
 from edgellm_plugins.federated.fedit import Config, method
+from edgellm_plugins.federated.options import steps_of
 from edgellm_plugins.training import backprop
 from edgellm_plugins.training.lora import Config as LoraConfig
 from edgellm_plugins.training.lora import method as lora
@@ -309,7 +310,7 @@ def test_training_on_inputs_scores_every_token_but_the_first(handle: ModelHandle
 @settings(deadline=None)
 def test_steps_are_whole_passes_unless_asked(n: int, batch: int, epochs: int, steps: int) -> None:
     config = Config(epochs=epochs, batch_size=batch, steps=steps)
-    assert local.steps_of(config, n) == (steps or epochs * math.ceil(n / batch))
+    assert steps_of(config, n) == (steps or epochs * math.ceil(n / batch))
 
 
 def test_claims_other_than_its_examples_come_to_are_rejected(handle: ModelHandle, tmp_path: Path) -> None:
@@ -405,3 +406,17 @@ def test_from_a_file_of_instructions_to_a_model(template: str, handle: ModelHand
         scores = F.log_softmax(logits[row.start - 1 : -1], -1)
         losses += [-float(s[t]) for s, t in zip(scores, row.tokens[row.start :], strict=True)]
     assert sum(losses) / len(losses) == pytest.approx(curve[-1], rel=1e-4)
+
+
+def test_unlike_clients_get_whole_passes_in_fewer_or_smaller_steps(handle: ModelHandle, tmp_path: Path) -> None:
+    """Under `fit` a client makes the steps of its passes, or as many as its time allows; both are accepted."""
+    (tmp_path / "d.jsonl").write_text('{"instruction": "a", "output": "b", "user": "x"}\n' * 9)
+    found = []
+    for name, seconds in (("whole", 0.0), ("hurried", 1e-9)):
+        report = edgellm.finetune(
+            "fedit", str(handle.path), str(tmp_path / "d.jsonl"), tmp_path / name, rounds=1, watch=0, around="fit",
+            options={**SMALL, "epochs": 2, "fit": {"seconds": seconds}},
+        ).report  # fmt: skip
+        assert report.rejected == []
+        found.append(report.metrics["steps"].value)
+    assert found == [2 * 3, 1]
