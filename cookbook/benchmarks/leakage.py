@@ -40,11 +40,12 @@ from edgellm_sdk.report import environment
 
 WAYS = {
     "full": Spec("full", 0),
-    "adapter": Spec("houlsby", 0, size=16),
+    "adapter": Spec("houlsby", 0, size=5),
     "bitfit": Spec("bitfit", 0, norms=True),
     "prefix": Spec("prefix", 0, size=16),
-    "lora": Spec("lora", 0, 8, 8.0),
+    "lora": Spec("lora", 0, 1, 1.0),
 }
+"""Widths of about the paper's proportion to the hidden width: 64 and 8 of 768, here of 64."""
 
 
 ANSWERS = (5, 6)

@@ -167,6 +167,21 @@ def test_the_last_layers_alone_have_the_same_gradients(name: str, layers: int, b
 
 
 @pytest.mark.parametrize("name", SPECS)
+def test_on_a_base_of_16_bits(name: str, biased: ModelHandle) -> None:
+    """Gradients are float32 and point where those on a float32 base do; no bit of the base moves."""
+    half, full = (Frozen(biased, SPECS[name], Stream(0, "a"), dtype) for dtype in ("bfloat16", "float32"))
+    theta, data, found = scattered(full), dataset(), []
+    before = {key: parameter.clone() for key, parameter in half.model.named_parameters()}
+    for frozen in (half, full):
+        leaves = backprop.leaves_of(theta)
+        backprop.exact_slope(frozen, 16)(0, "batch", lambda: data, leaves)
+        assert all(leaf.grad is not None and leaf.grad.dtype == torch.float32 for leaf in leaves.values())
+        found.append(torch.cat([leaf.grad.flatten() for leaf in leaves.values()]))  # type: ignore[union-attr]
+    assert all(torch.equal(parameter, before[key]) for key, parameter in half.model.named_parameters())
+    assert float(F.cosine_similarity(*found, dim=0)) > 0.99
+
+
+@pytest.mark.parametrize("name", SPECS)
 def test_probes_are_as_if_each_were_alone(name: str, biased: ModelHandle) -> None:
     frozen = Frozen(biased, SPECS[name], Stream(0, "a"), "float32")
     theta, data = scattered(frozen), dataset()
