@@ -24,7 +24,7 @@ class Finetune:
     clients: int = opt(1, "clients the data is dealt to; 1 is plain fine-tuning", ge=1, le=100_000)
     rounds: int = opt(0, "federated rounds; 0 leaves the default of 100", ge=0)
     clients_per_round: int = opt(0, "clients sampled each round; 0 takes all", ge=0)
-    partition: str = opt("iid", "how the data is dealt: iid, dirichlet:ALPHA, label:K or user")
+    partition: str = opt("iid", "how the data is dealt: iid, dirichlet:ALPHA, skew:ALPHA, label:K or user")
     seed: int = opt(0, SEED, ge=0)
     device: str = opt("cpu", "cpu or cuda, or a backend that only infers, as llama_cpp with its --llama-cpp-NAME")
     aggregate: str = opt("", "another plugin that aggregates, in place of the method's own rule")
@@ -128,7 +128,7 @@ class Compare:
     seconds: float = opt(60.0, "with equal memory: how long each run trains", unit="s", ge=1)
     seeds: int = opt(5, "runs of each method on each task", ge=1, le=100)
     clients: int = opt(1, "clients the data is dealt to", ge=1, le=100_000)
-    partition: str = opt("iid", "how the data is dealt: iid, dirichlet:ALPHA, label:K or user")
+    partition: str = opt("iid", "how the data is dealt: iid, dirichlet:ALPHA, skew:ALPHA, label:K or user")
     balance: bool = opt(False, BALANCE)
     task_prompt: str = opt("", TASK_PROMPT)
 
