@@ -37,6 +37,13 @@ class Finetune:
     memory: int = opt(0, "budget for what a method may keep in memory; 0 sets none", unit="MB", ge=0)
     hidden: str = opt("", "folder that keeps frozen layers' hidden states for later runs; they tell of the texts")
     watch: int = opt(10, "measure on held-out data every so many rounds; 0 never", unit="rounds", ge=0)
+    personalise: int = opt(
+        0, "local steps (rounds, for a method without) of every client after the federation, for an adapter of its own",
+        unit="steps", ge=0, le=1_000_000,
+    )  # fmt: skip
+    kept_aside: float = opt(
+        0.2, "with --personalise: share of each client's examples kept to choose and to report on", ge=0.01, le=0.9
+    )
 
 
 @dataclass(frozen=True)
