@@ -72,6 +72,8 @@ class Export:
     data: str = opt("", "data whose prompts the gate compares on; empty uses what the model was tuned on, if known")
     task_prompt: str = opt("", TASK_PROMPT)
     gate: bool = opt(True, "run the written file and refuse it if it does not behave like the model")
+    users: bool = opt(False, "of a run with --personalise: a folder of one base, each user's adapter and a manifest")
+    gate_users: int = opt(0, "with --users: adapters the gate runs, drawn at random; 0 runs all", ge=0)
     seed: int = opt(0, SEED, ge=0)
     dry_run: bool = opt(False, DRY_RUN)
 
@@ -91,6 +93,7 @@ class Evaluate:
 @dataclass(frozen=True)
 class Deploy:
     prompt: str = opt("", "text to answer; without it, standard input or a chat on the terminal")
+    user: str = opt("", "of a folder that export --users wrote: whose adapter; in a chat, /user NAME changes it")
     device: str = opt("", "backend plugin that runs it; empty chooses by format")
     system: str = opt("", "system message put before the prompt")
     raw: bool = opt(False, "continue the prompt as plain text, without the model's chat template")
