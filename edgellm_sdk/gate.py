@@ -349,10 +349,12 @@ def _verify(
         if tolerance is None:
             types = ledger.tensor_types(file)
             tolerance = tolerance_for(types, weights.rounded if weights else tuple(types))
-        subject = Artifact((path,), ("",), "gguf", "llama_cpp", handle.digest)
-        candidate = _relay("llama_cpp", {"adapters": f"{adapter}@1"} if adapter else {}).deploy(
-            subject, "llama_cpp", ctx
-        )
+        files = (path, adapter) if adapter else (path,)
+        subject = Artifact(files, ("",) * len(files), "gguf", "llama_cpp", handle.digest)
+        candidate = _relay("llama_cpp", {}).deploy(subject, "llama_cpp", ctx)
+        if adapter is not None:
+            adaptable: Any = candidate
+            adaptable.adapt([(adapter.absolute(), 1.0)])
         reference = _relay("cpu", {}).deploy(handle, "cpu", ctx)
         expected["add_bos"] = reference.prompt_ids(TEXTS[0]) != reference.encode(TEXTS[0])
         return check(reference, candidate, prompts, tolerance, expected, found, weights)

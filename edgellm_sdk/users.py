@@ -16,14 +16,13 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 from edgellm_sdk import checkpoint, store
 from edgellm_sdk.config import nearest
 from edgellm_sdk.errors import ConfigError, DeviceError, ModelError, printable
 from edgellm_sdk.gguf_file import read as read_gguf
 from edgellm_sdk.models import cache_folder
-from edgellm_sdk.types import Artifact, Float32, Generation, Prompt, Session, SessionStats
+from edgellm_sdk.types import Adaptable, Artifact, Float32, Generation, Prompt, Session, SessionStats
 
 KIND, FORMAT = "users", 1
 BASE_FILE, SHARED_FILE = "base.gguf", "federation.gguf"
@@ -131,15 +130,6 @@ def read(typed: str) -> Users:
     if not good:
         raise ModelError("is no manifest of users' adapters", str(path), "export again")
     return Users(path.parent, files, digests, *alone)
-
-
-@runtime_checkable
-class Adaptable(Protocol):
-    """A session that changes its LoRA adapters and keeps its base."""
-
-    def adapt(self, adapters: Sequence[tuple[Path, float]]) -> None:
-        """Make these files, each at its scale, all the adapters there are. ModelError for one that does not fit; those
-        before then stay."""
 
 
 class UserSession:

@@ -83,8 +83,8 @@ def deploy(request: Request) -> Answer | None:
         raise UsageError("needs --prompt TEXT", "edgellm deploy", "or type `chat` after the file")
     if chatting and request.json:
         raise UsageError("a chat has no JSON result", "edgellm deploy", "give --prompt TEXT")
-    how = {"user": settings.user, "device": settings.device, "options": request.options, "quiet": request.quiet}
-    with steps.deploy(subject, **how) as session:
+    user, device = settings.user, settings.device
+    with steps.deploy(subject, user=user, device=device, options=request.options, quiet=request.quiet) as session:
         if chatting:
             chat(session, settings)
             return None

@@ -78,7 +78,7 @@ def _table(records: Sequence[Record]) -> Mapping[str, Any]:
                 record["user"],
                 record["chosen"],
                 *(record["reporting"].get(name) for name in (BASE, GLOBAL, OWN)),
-                *(gains([record], BASE) or [None]),
+                next(iter(gains([record], BASE)), None),
                 record["tokens"],
             ]
             for record in rows
