@@ -5,7 +5,8 @@
     users/NAME.gguf      one user's own; NAME is `federate.personal.safe_name` of the user
     MANIFEST.json        sha256 of every file; of the base also those of its tokenizer and its chat template alone
 
-Nothing runs before its digest was compared: an adapter on another base gives fluent nonsense, not an error.
+Nothing runs before its digest was compared: an adapter on another base gives fluent nonsense, not an error. A user's
+device needs the base, the manifest and its own adapter; those of others may be left out, and tell of their texts.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class Users:
 
     def checked_base(self) -> Path:
         """The base file. ModelError when it is not the one the adapters were made on, saying what differs."""
-        if checkpoint.file_digest(self.base, cache_folder()) == self.digests[BASE_FILE]:
+        if _present(self.base) == self.digests[BASE_FILE]:
             return self.base
         tokenizer, template = tokenizer_digests(self.base)
         differs = "tokenizer" if tokenizer != self.tokenizer else "chat template" if template != self.template else ""
@@ -65,15 +66,23 @@ class Users:
         if not name:
             return None
         path = self.folder / name
-        if checkpoint.file_digest(path, cache_folder()) != self.digests[name]:
+        if _present(path) != self.digests[name]:
             raise ModelError("is not the adapter that was exported", str(path), "export again, or bring it back")
         return path
 
     def artifact(self) -> Artifact:
-        """The base to run; the files behind it are the adapters that may come."""
-        names = [BASE_FILE, *sorted(set(filter(None, self.files.values())))]
+        """The base to run; the files behind it are the adapters that may come, as far as they are here."""
+        adapters = sorted(set(filter(None, self.files.values())))
+        names = [BASE_FILE, *(name for name in adapters if (self.folder / name).is_file())]
         paths = tuple(self.folder / name for name in names)
         return Artifact(paths, tuple(self.digests[name] for name in names), "gguf", "", "", {"kind": KIND})
+
+
+def _present(path: Path) -> str:
+    """The sha256 of a file. ModelError when it is not there."""
+    if not path.is_file():
+        raise ModelError("is missing", str(path), "bring it back, or export again")
+    return checkpoint.file_digest(path, cache_folder())
 
 
 def tokenizer_digests(path: Path) -> tuple[str, str]:

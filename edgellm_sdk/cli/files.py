@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from edgellm_sdk.types import Generation, Message, Prompt, Session
 
 
+MOST_USERS = 20  # named in a chat
+
+
 def compress(request: Request) -> Answer:
     from edgellm_sdk import steps
 
@@ -148,7 +151,9 @@ def switched(session: Session, user: str) -> str:
     if not isinstance(session, UserSession):
         return "there are no users here: give a folder that `edgellm export --users` wrote"
     if not user:
-        return f"now {printable(session.user or 'nobody')}, of {', '.join(map(printable, session.users))}"
+        names = [printable(name) for name in session.users]
+        more = f" and {len(names) - MOST_USERS} more" if len(names) > MOST_USERS else ""
+        return f"now {printable(session.user or 'nobody')}, of {', '.join(names[:MOST_USERS])}{more}"
     try:
         session.switch(user)
     except ConfigError as error:

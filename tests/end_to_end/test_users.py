@@ -366,12 +366,21 @@ def test_wrong_names_and_places_are_one_line(bundle: Path, lines: Path, tiny_lla
                      rounds=1, watch=0, options=OPTIONS)  # fmt: skip
     with pytest.raises(ConfigError, match="personalised nobody"):
         edgellm.export("gguf", str(tmp_path / "plain"), tmp_path / "o", users=True)
-    manifest = json.loads((bundle / "MANIFEST.json").read_text())
-    for name in ("../x.gguf", "/etc/passwd", "users/../../x.gguf", "users/.x.gguf", "users/X.gguf", "base.gguf", 3):
-        manifest["about"]["users"]["hamlet"] = name
-        (bundle / "MANIFEST.json").write_text(json.dumps(manifest))
-        with pytest.raises(ModelError, match="is no manifest of users' adapters"):
-            users.read(str(bundle))
+
+
+@pytest.mark.llama
+def test_a_device_needs_its_own_adapter_only(bundle: Path) -> None:
+    for user in WORDS:
+        if user != "hamlet":
+            (bundle / "users" / f"{safe_name(user)}.gguf").unlink()
+    with edgellm.deploy(str(bundle), user="hamlet") as session:
+        assert isinstance(session, users.UserSession) and session.logits([session.encode("king")])
+        with pytest.raises(ModelError, match="is missing"):
+            session.switch("-rf")
+        assert session.user == "hamlet"
+    (bundle / "base.gguf").unlink()
+    done = typed("deploy", str(bundle), "--user", "hamlet", "--prompt", "hello")
+    assert done.returncode == 6 and "base.gguf" in done.stderr and len(done.stderr.strip().splitlines()) == 1
 
 
 @pytest.mark.llama
