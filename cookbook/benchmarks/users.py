@@ -66,17 +66,19 @@ def write_data(folder: Path, users: int, each: int) -> Path:
 
 
 def on_device(bundle: Path, data: Path, limit: int, seed: int) -> dict[str, Any]:
-    """Loss of the exported files in llama.cpp on what each user keeps to report: of the base and of what it ships."""
+    """Loss of the exported files in llama.cpp on what each user keeps to report: of the base, of what it ships, and, to
+    tell one's own from more training, of what the next user ships."""
     train, _ = training_data(str(data), "", False, seed)
     found: dict[str, Any] = {}
     switches: list[float] = []
     with edgellm.deploy(str(bundle), options={"context": 512}) as session:
         assert isinstance(session, UserSession)
-        for user in session.users:
+        names = list(session.users)
+        for user, other in zip(names, names[1:] + names[:1], strict=True):
             own = Dataset(tuple(example for example in train.examples if example.user == user), "")
             kept = own.select(parted(own, KEPT_ASIDE, Context(Path(), seed), user).reporting[:limit])
             found[user] = {}
-            for name, who in (("base", ""), ("shipped", user)):
+            for name, who in (("base", ""), ("shipped", user), ("another's", other)):
                 began = time.perf_counter()
                 session.switch(who)
                 switches.append(time.perf_counter() - began)
@@ -85,6 +87,7 @@ def on_device(bundle: Path, data: Path, limit: int, seed: int) -> dict[str, Any]
     return {
         "losses": found,
         "users_better_than_base": sum(row["shipped"] < row["base"] for row in found.values()),
+        "users_better_than_with_anothers": sum(row["shipped"] < row["another's"] for row in found.values()),
         "load_seconds": loaded,
         "median_switch_seconds": sorted(switches)[len(switches) // 2],
     }
@@ -96,7 +99,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "users.json")
     parser.add_argument("--users", type=int, default=8)
     parser.add_argument("--paragraphs", type=int, default=200)
-    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--personalise", type=int, default=32)
     parser.add_argument("--gate-users", type=int, default=0, help="adapters the gate runs; 0 runs all")
     parser.add_argument("--device-limit", type=int, default=10, help="examples a user is measured on in llama.cpp")

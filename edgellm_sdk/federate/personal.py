@@ -2,7 +2,8 @@
 
 Every user keeps a share of its own examples aside before the federation starts, and nothing trains on them. One half of
 that share decides what the user gets, the base, the federation's adapter or one of its own; the other half reports what
-that brought, so the figure is not the one that was selected on. A tie goes to the more general of two.
+that brought, so the figure is not the one that was selected on. The more general of two stays unless the other is
+better by more than the standard error of their difference over up to five parts of the deciding half.
 
 Local training is the method's own turn in a federation of one: the learning rate's schedule starts anew, and what works
 around the method on its way to a server (clipping, noise, masks, another rule of aggregation) has no part in it, since
@@ -30,6 +31,7 @@ from edgellm_sdk.types import Dataset, ModelHandle, State
 USERS, INDEX = "users", "users.json"
 BASE, GLOBAL, OWN = CANDIDATES = ("base", "global", "own")  # from general to particular
 LOSS = "validation loss"
+FOLDS = 5
 MAX_STEM = 40
 _PLAIN = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}", re.ASCII)
 _SUFFIXED = re.compile(r".*-[0-9a-f]{16}", re.ASCII)
@@ -124,6 +126,24 @@ class Personal:
     why: str = ""
 
 
+@dataclass(frozen=True)
+class Measured:
+    """Nats per scored token over all `tokens`, and in each part of the examples; infinite where not finite."""
+
+    loss: float
+    folds: tuple[float, ...]
+    tokens: int
+
+
+def better(candidate: Measured, current: Measured) -> bool:
+    """Whether `candidate` is better by more than the standard error of the mean difference, paired by part."""
+    gains = [old - new for old, new in zip(current.folds, candidate.folds, strict=True)]
+    mean = sum(gains) / len(gains)
+    if len(gains) < 2 or not math.isfinite(mean):
+        return mean > 0
+    return mean > math.sqrt(sum((gain - mean) ** 2 for gain in gains) / (len(gains) - 1) / len(gains))
+
+
 class Personaliser:
     """Personalises one user after the other from `state`, the federation's result, with `steps` local steps each."""
 
@@ -143,11 +163,15 @@ class Personaliser:
             raise
         except EdgeLLMError as error:
             why = error.what
-        decided = {name: self._loss(state, deciding)[0] for name, state in states.items()}
-        chosen = min(CANDIDATES, key=lambda name: decided.get(name, math.inf))
-        found = {name: self._loss(state, reporting) for name, state in states.items()}
-        own = states.get(OWN) if chosen == OWN else None
-        return Personal(chosen, decided, {name: loss for name, (loss, _) in found.items()}, found[BASE][1], own, why)
+        decided, told = (
+            {name: self._measured(state, data) for name, state in states.items()} for data in (deciding, reporting)
+        )
+        chosen = BASE
+        for name in CANDIDATES[1:]:
+            if name in decided and better(decided[name], decided[chosen]):
+                chosen = name
+        losses = ({name: found.loss for name, found in part.items()} for part in (decided, told))
+        return Personal(chosen, *losses, told[BASE].tokens, states[OWN] if chosen == OWN else None, why)
 
     def _trained(self, user: str, training: Dataset) -> State:
         state, ctx = self.start, self.ctx
@@ -159,12 +183,19 @@ class Personaliser:
             state = self.relay.aggregate(state, [update], ctx)
         return state
 
-    def _loss(self, state: State, data: Dataset) -> tuple[float, int]:
-        """(nats per scored token, tokens); infinite where it is not finite. ConfigError when nothing says a loss."""
-        metric = self.relay.measure(state, data, self.ctx).get(LOSS)
-        if metric is None:
-            raise ConfigError("the method measures no loss, so no gain could be told", "personalise")
-        return (metric.value if math.isfinite(metric.value) else math.inf), metric.n
+    def _measured(self, state: State, data: Dataset) -> Measured:
+        """ConfigError when nothing says a loss."""
+        count = min(FOLDS, len(data))
+        folds, tokens = [], []
+        for k in range(count):
+            part = data.select(range(k * len(data) // count, (k + 1) * len(data) // count))
+            metric = self.relay.measure(state, part, self.ctx).get(LOSS)
+            if metric is None:
+                raise ConfigError("the method measures no loss, so no gain could be told", "personalise")
+            folds.append(metric.value if math.isfinite(metric.value) else math.inf)
+            tokens.append(metric.n)
+        whole = sum(loss * n for loss, n in zip(folds, tokens, strict=True) if n) / max(1, sum(tokens))
+        return Measured(whole, tuple(folds), sum(tokens))
 
 
 def everyone(found: Personaliser, shards: Mapping[str, tuple[Dataset, Parts]], folder: Path) -> Iterator[Record]:

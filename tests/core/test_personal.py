@@ -188,6 +188,42 @@ def test_the_deciding_part_chooses_and_a_tie_goes_to_the_more_general(
     assert method.trained == [("ann/own", 3, 1, ["mine"])]
 
 
+@pytest.mark.parametrize(
+    ("gains", "chosen"),
+    [
+        ((1.0, -1.0, 1.0, -1.0, 0.5), BASE),  # 0.1 with a standard error of 0.46
+        ((0.1, 0.2, 0.15, 0.1, 0.1), OWN),  # 0.13 with 0.02
+        ((0.1, 0.1), OWN),
+        ((0.3, -0.1), BASE),  # 0.1 with 0.2
+        ((-0.1, -0.1, -0.1), BASE),
+    ],
+)
+def test_a_doubt_goes_to_the_more_general(gains: tuple[float, ...], chosen: str, tmp_path: Path) -> None:
+    texts = [f"decide {i}" for i in range(len(gains))]
+    losses = {(text, theta): 3.0 for text in texts for theta in (0, 2)}
+    losses |= {(text, 5): 3.0 - gain for text, gain in zip(texts, gains, strict=True)}
+    method = Method(losses | {("report", theta): 1.0 for theta in (0, 2, 5)})
+    found = Personaliser(relay_of(method), MODEL, GLOBAL_STATE, 3, Context(tmp_path))
+    told = found.personal("ann", examples(["mine"]), examples(texts), examples(["report"]))
+    assert told.chosen == chosen and told.deciding[OWN] == pytest.approx(3.0 - np.mean(gains))
+
+
+def test_losses_are_means_over_tokens_in_at_most_five_parts(tmp_path: Path) -> None:
+    class Uneven(Method):
+        @hookimpl
+        def edgellm_measure(self, subject: State, data: Dataset) -> dict[str, Metric]:
+            numbers = [int(example.completion) for example in data.examples]
+            seen.append(numbers)
+            return {"validation loss": Metric(sum(n * n for n in numbers) / sum(numbers), "nats/token", sum(numbers))}
+
+    seen: list[list[int]] = []
+    found = Personaliser(relay_of(Uneven({})), MODEL, GLOBAL_STATE, 3, Context(tmp_path))
+    measured = found._measured(GLOBAL_STATE, examples([str(n) for n in range(1, 13)]))
+    assert seen == [[1, 2], [3, 4], [5, 6, 7], [8, 9], [10, 11, 12]]
+    assert measured.loss == pytest.approx(sum(n * n for n in range(1, 13)) / 78) and measured.tokens == 78
+    assert measured.folds[0] == pytest.approx(5 / 3)
+
+
 def test_training_that_fails_falls_back_and_says_why(tmp_path: Path) -> None:
     losses = losses_of((2.0, 1.0, 0.0), (2.0, 1.0, 0.0))
     found = told(Method(losses, FederationError("the training loss is not finite", "ann")), tmp_path)
