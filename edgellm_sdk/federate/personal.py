@@ -163,15 +163,20 @@ class Personaliser:
             raise
         except EdgeLLMError as error:
             why = error.what
-        decided, told = (
-            {name: self._measured(state, data) for name, state in states.items()} for data in (deciding, reporting)
-        )
+        decided = {name: self._measured(state, deciding) for name, state in states.items()}
         chosen = BASE
         for name in CANDIDATES[1:]:
             if name in decided and better(decided[name], decided[chosen]):
                 chosen = name
-        losses = ({name: found.loss for name, found in part.items()} for part in (decided, told))
-        return Personal(chosen, *losses, told[BASE].tokens, states[OWN] if chosen == OWN else None, why)
+        told = {name: self._measured(state, reporting) for name, state in states.items()}
+        return Personal(
+            chosen,
+            {name: found.loss for name, found in decided.items()},
+            {name: found.loss for name, found in told.items()},
+            told[BASE].tokens,
+            states[OWN] if chosen == OWN else None,
+            why,
+        )
 
     def _trained(self, user: str, training: Dataset) -> State:
         state, ctx = self.start, self.ctx

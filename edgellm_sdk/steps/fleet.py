@@ -7,7 +7,18 @@ from typing import Any
 
 from edgellm_sdk import store
 from edgellm_sdk.context import Context
-from edgellm_sdk.federate.personal import BASE, GLOBAL, INDEX, OWN, Personaliser, Record, everyone, gains, parted
+from edgellm_sdk.federate.personal import (
+    BASE,
+    CANDIDATES,
+    GLOBAL,
+    INDEX,
+    OWN,
+    Personaliser,
+    Record,
+    everyone,
+    gains,
+    parted,
+)
 from edgellm_sdk.relay import Relay
 from edgellm_sdk.report import Report
 from edgellm_sdk.types import Dataset, Metric, ModelHandle, State
@@ -47,7 +58,7 @@ def describe(report: Report, records: Sequence[Record]) -> None:
     counts = {name: sum(record["chosen"] == name for record in records) for name in (OWN, GLOBAL, BASE)}
     report.metrics |= {
         "users with an adapter of their own": Metric(counts[OWN], "users", len(records)),
-        "users on the federation's adapter": Metric(counts[GLOBAL], "users", len(records)),
+        "users on the global adapter": Metric(counts[GLOBAL], "users", len(records)),
         "users on the base": Metric(counts[BASE], "users", len(records)),
     }
     for over in (BASE, GLOBAL):
@@ -72,12 +83,12 @@ def _table(records: Sequence[Record]) -> Mapping[str, Any]:
         title += f" (those who gain least and most of {len(records)}; all are in {INDEX})"
     return {
         "title": title,
-        "columns": ["user", "ships", "base", "federation", "own", "gain over base", "tokens"],
+        "columns": ["user", "ships", *CANDIDATES, "gain over base", "tokens"],
         "rows": [
             [
                 record["user"],
                 record["chosen"],
-                *(record["reporting"].get(name) for name in (BASE, GLOBAL, OWN)),
+                *(record["reporting"].get(name) for name in CANDIDATES),
                 next(iter(gains([record], BASE)), None),
                 record["tokens"],
             ]

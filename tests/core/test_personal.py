@@ -22,6 +22,7 @@ from edgellm_sdk.errors import ConfigError, DeviceError, FederationError
 from edgellm_sdk.federate import personal
 from edgellm_sdk.federate.personal import BASE, GLOBAL, OWN, Parts, Personaliser, parted, safe_name
 from edgellm_sdk.hookspecs import hookimpl
+from edgellm_sdk.page import render
 from edgellm_sdk.relay import Relay
 from edgellm_sdk.report import Report
 from edgellm_sdk.steps.fleet import describe
@@ -306,3 +307,17 @@ def test_the_report_tells_gains_of_what_is_shipped_and_counts_who_lost() -> None
     describe(report, [record(f"u{i}", OWN, 3.0, 2.0, 1.0) for i in range(1000)])
     assert len(report.tables[1]["rows"]) == 30 and "1000" in report.tables[1]["title"]
     assert all(len(points) <= 400 for points in report.curves.values())
+
+
+def test_the_page_draws_every_user_on_a_line_of_its_own() -> None:
+    records = [
+        {"user": name, "chosen": chosen, "reporting": {BASE: 3.0, GLOBAL: 2.0, **own}, "tokens": 5}
+        for name, chosen, own in (("<b>ann</b>", OWN, {OWN: 1.0}), ("bob", GLOBAL, {OWN: None}), ("a" * 40, BASE, {}))
+    ]
+    report = Report.begin("finetune")
+    describe(report, [*records, {"user": "few", "chosen": BASE, "reporting": {}, "tokens": 0}])
+    page = render([report])
+    drawn = page[page.index("Loss of each user") :]
+    drawn = drawn[: drawn.index("</figure>")]
+    assert drawn.count("<circle") == 3 + 2 + 2 and drawn.count('r="6"') == 3
+    assert "<b>ann</b>" not in page and "&lt;b&gt;ann&lt;/b&gt;, own: 1" in drawn and "few" not in drawn
