@@ -84,6 +84,31 @@ def lines(title: str, x_label: str, curves: Mapping[str, Points], share: bool = 
     return _figure(title, keys, "".join(body))
 
 
+def grid(title: str, rows: Mapping[str, str], colours: Mapping[str, str]) -> str:
+    """A row of cells for every name, one for each letter; letters without a colour are left faint."""
+    columns = max(len(marks) for marks in rows.values())
+    names = min(220, 16 + 7 * max(len(name) for name in rows))
+    wide, high = min(26.0, (1000 - names) / columns), 16
+    width, height = names + wide * columns, high * len(rows) + 18
+    body = []
+    for y, (name, marks) in enumerate(rows.items()):
+        label = escape(name if len(name) < 32 else name[:30] + "…")
+        body.append(f'<text class="name" x="{names - 8}" y="{y * high + 12}" text-anchor="end">{label}</text>')
+        for x, mark in enumerate(marks):
+            place = f'x="{names + x * wide:.2f}" y="{y * high + 1}" width="{max(wide - 1, wide * 0.8):.2f}" height="14"'
+            fill = f'fill="{colours[mark]}"' if mark in colours else 'class="empty"'
+            body.append(f'<rect {place} rx="2" {fill}/>')
+    for tick in Axis(1, max(columns, 2), 0, 1).ticks():
+        if 1 <= tick <= columns and tick == int(tick):
+            at = names + (tick - 0.5) * wide
+            body.append(f'<text x="{at:.1f}" y="{height - 3}" text-anchor="middle">{int(tick)}</text>')
+    svg = (
+        f'<svg viewBox="0 0 {width:.0f} {height}" style="max-width:{width:.0f}px" role="img" '
+        f'aria-label="{escape(title, quote=True)}">{"".join(body)}</svg>'
+    )
+    return f'<figure class="grid">{svg}</figure>'
+
+
 def _figure(title: str, keys: str, body: str, height: int = HEIGHT) -> str:
     label = escape(title, quote=True)
     svg = f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{label}">{body}</svg>'

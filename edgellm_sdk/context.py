@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from edgellm_sdk.random import Stream
 
 if TYPE_CHECKING:
-    from edgellm_sdk.types import Arrays, Assignment
+    from edgellm_sdk.types import Arrays, Assignment, ModelHandle, Profile
 
 Kept = TypeVar("Kept")
 
@@ -29,6 +29,14 @@ class Drift:
     applied: bool = False
 
 
+@dataclass(frozen=True)
+class Cost:
+    """Of one client's turn: peak resident bytes and seconds, measured or foretold; 0 where unknown."""
+
+    peak: int = 0
+    seconds: float = 0.0
+
+
 class Progress:
     """One progress bar. Without a terminal nothing is drawn."""
 
@@ -39,12 +47,22 @@ class Progress:
         self._advance(amount, text)
 
 
+@dataclass(frozen=True)
+class Rounds:
+    """The view of a federation at work. `answered(clients so far, clients asked, round)`; `ended(cells, headline)` with
+    the cells of a finished round: number, took part, left out, bytes up, bytes down, seconds."""
+
+    answered: Callable[[int, int, int], None]
+    ended: Callable[[tuple[Any, ...], str], None]
+
+
 @dataclass
 class Context:
     """`folder` is where this step writes, `memory` a budget in bytes, `deadline` a `time.monotonic()` value, `rounds`
     the number planned, `hidden` a folder for hidden states that later runs may take up. A hook is given its own
     plugin's config; a wrapper finds its own under its name in `configs`. On the server `assigned` is what each client
-    of the round was sent; on a client `drift` changes the gradients of the turn at hand.
+    of the round was sent, `profiles` what clients say they have, `foretold` what whoever assigned work expects it to
+    cost; on a client `drift` changes the gradients of the turn at hand, and `spent` is what turns did cost.
     """
 
     folder: Path
@@ -61,6 +79,10 @@ class Context:
     notes: list[str] = field(default_factory=list)
     assigned: Mapping[str, Assignment] = field(default_factory=dict)
     drift: Drift | None = None
+    model: ModelHandle | None = None
+    profiles: Mapping[str, Profile] = field(default_factory=dict)
+    foretold: dict[str, Cost] = field(default_factory=dict)
+    spent: dict[str, Cost] = field(default_factory=dict)
     started: float = field(default_factory=time.monotonic)
     _kept: dict[str, Any] = field(default_factory=dict)
 
@@ -114,6 +136,17 @@ class Context:
 
         with progress_bar(title, total) as advance:
             yield Progress(advance)
+
+    @contextmanager
+    def rounds_view(self, total: int, done: int) -> Iterator[Rounds]:
+        """A table of the last rounds, who has answered in this one, and a bar; nothing when quiet."""
+        if self.quiet:
+            yield Rounds(lambda answered, asked, number: None, lambda cells, text: None)
+            return
+        from edgellm_sdk.cli.screen import rounds_view
+
+        with rounds_view(total, done) as view:
+            yield Rounds(*view)
 
     def checkpoint(self, name: str, arrays: Arrays, scalars: Mapping[str, Any]) -> None:
         """Save resumable work atomically under `folder / "checkpoint"`; replaces the last one of that name."""

@@ -9,7 +9,7 @@ from html import escape
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
-from edgellm_sdk import charts
+from edgellm_sdk import charts, page_federation
 from edgellm_sdk.cli.screen import cell, size
 from edgellm_sdk.cli.show import comparison
 
@@ -117,6 +117,7 @@ def _section(report: Report, number: int, with_tables: bool) -> str:
         _tables(report.tables) if with_tables else "",
         _charts(report),
         _examples(report.examples),
+        page_federation.section(report.federation),
         _traffic(report.bytes),
         _rejected(report.rejected),
         _privacy(report.privacy),

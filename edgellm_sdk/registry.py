@@ -219,7 +219,8 @@ def get(name: str, stage: str | None = None) -> Loaded:
     loaded = load(find(name))
     if stage is not None and stage not in loaded.stages:
         can = ", ".join(loaded.stages) or ", ".join(loaded.hooks)
-        raise PluginError(f"plugin {loaded.plugin.name!r} does not {stage}", f"it does: {can}")
+        what = "work around a method" if stage == "around" else stage
+        raise PluginError(f"plugin {loaded.plugin.name!r} does not {what}", f"it does: {can}")
     return loaded
 
 

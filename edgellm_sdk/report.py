@@ -41,8 +41,9 @@ class Report:
     `config` are the verb's settings and `options` the plugin's, as used. `bytes` maps each client to its totals (see
     `federate.ledger.Ledger.totals`). `curves` are named `y over x`. `rejected` rows have client, round and reason,
     `artifacts` rows name (relative to the report's folder), sha256 and bytes, `tables` title, columns and rows,
-    `examples` prompt and any of before, after, expected. `verified` is what the export gate found. `resumed` counts
-    how often the run was taken up again. `peak_rss_bytes` is that of the largest single process.
+    `examples` prompt and any of before, after, expected. `verified` is what the export gate found. `federation` is what
+    `federate.ledger.Ledger.overview` tells. `resumed` counts how often the run was taken up again. `peak_rss_bytes` is
+    that of the largest single process.
     """
 
     verb: str
@@ -60,6 +61,7 @@ class Report:
     metrics: dict[str, Metric] = field(default_factory=dict)
     curves: dict[str, Points] = field(default_factory=dict)
     rejected: list[Row] = field(default_factory=list)
+    federation: dict[str, Any] = field(default_factory=dict)
     privacy: dict[str, Any] | None = None
     artifacts: list[Row] = field(default_factory=list)
     verified: dict[str, Any] = field(default_factory=dict)
@@ -87,7 +89,8 @@ class Report:
         """Take time and memory from `meter`, curves and notes from `ctx`, and look at the environment."""
         self.started = meter.started
         self.wall_seconds, self.cpu_seconds = meter.wall_seconds, meter.cpu_seconds
-        self.peak_rss_bytes = meter.peak_rss_bytes
+        turns = ctx.spent.values() if ctx is not None else ()
+        self.peak_rss_bytes = max([meter.peak_rss_bytes, *(turn.peak for turn in turns)])
         self.environment = environment()
         if ctx is not None:
             self.curves = dict(ctx.curves)
@@ -229,7 +232,7 @@ class Meter:
 
     def __enter__(self) -> Meter:
         self.started = now()
-        _forget_peak()
+        forget_peak()
         self._wall, self._cpu, self._children = time.monotonic(), _cpu(), _peak_of_children()
         return self
 
@@ -258,7 +261,7 @@ def _peak_of_children() -> int:
     return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * _unit()
 
 
-def _forget_peak() -> None:
+def forget_peak() -> None:
     """Start the kernel's high-water mark afresh where it allows that, so a step does not inherit an earlier one's."""
     try:
         Path("/proc/self/clear_refs").write_text("5")

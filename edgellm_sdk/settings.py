@@ -33,6 +33,7 @@ class Finetune:
     task_prompt: str = opt("", TASK_PROMPT)
     resume: bool = opt(False, RESUME)
     dry_run: bool = opt(False, DRY_RUN)
+    profiles: str = opt("", "TOML file that tells what clients have: memory, cores, link")
     quorum: float = opt(0.5, "share of a round's clients that must answer", ge=0.01, le=1)
     memory: int = opt(0, "budget for what a method may keep in memory; 0 sets none", unit="MB", ge=0)
     hidden: str = opt("", "folder that keeps frozen layers' hidden states for later runs; they tell of the texts")

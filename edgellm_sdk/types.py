@@ -40,6 +40,7 @@ __all__ = [
     "Message",
     "Metric",
     "ModelHandle",
+    "Profile",
     "Prompt",
     "Session",
     "SessionStats",
@@ -162,6 +163,17 @@ class Assignment:
     arrays: Arrays
     scalars: Scalars = field(default_factory=dict)
     options: Mapping[str, Scalar] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What a client says it has: bytes that a training process may use, cores, bits a second each way; 0: unknown."""
+
+    kind: str = ""
+    memory: int = 0
+    cores: int = 0
+    up: float = 0.0
+    down: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -60,6 +60,48 @@ def progress_bar(title: str, total: float | None) -> Iterator[Advance]:
         yield advance
 
 
+LAST_ROUNDS = 8
+
+
+@contextmanager
+def rounds_view(total: int, done: int) -> Iterator[tuple[Callable[[int, int, int], None], Callable[..., None]]]:
+    """A live table of the last rounds over a bar, on stderr. Without a terminal nothing is drawn."""
+    if not sys.stderr.isatty():
+        yield lambda answered, asked, number: None, lambda cells, text: None
+        return
+    from rich.console import Group
+    from rich.live import Live
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.table import Table
+
+    bar = Progress(
+        TextColumn("rounds"), BarColumn(bar_width=30), MofNCompleteColumn(), TimeElapsedColumn(),
+        TextColumn("{task.fields[text]}", markup=False, style="dim"), console=console(),
+    )  # fmt: skip
+    task, rows = bar.add_task("", total=total, completed=done, text=""), list[tuple[str, ...]]()
+
+    def drawn() -> Group:
+        shown = Table(box=None, header_style="dim", pad_edge=False)
+        for title in ("round", "took part", "left out", "up", "down", "seconds", ""):
+            shown.add_column(title, justify="left" if not title else "right")
+        for row in rows[-LAST_ROUNDS:]:
+            shown.add_row(*row)
+        return Group(shown, bar) if rows else Group(bar)
+
+    with Live(drawn(), console=console(), transient=True, refresh_per_second=8) as live:
+
+        def answered(count: int, asked: int, number: int) -> None:
+            bar.update(task, text=f"round {number}: {count} of {asked} clients")
+
+        def ended(cells: tuple[Any, ...], text: str) -> None:
+            number, took, out, up, down, spent = cells
+            rows.append((str(number), str(took), str(out), size(up), size(down), f"{spent:.1f}", printable(text)[:60]))
+            bar.advance(task)
+            live.update(drawn())
+
+        yield answered, ended
+
+
 def width(text: str) -> int:
     """Columns that `text` takes on a terminal."""
     return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)

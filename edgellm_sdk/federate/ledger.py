@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from edgellm_sdk.store import storage_error, write_bytes
 
+MOST = 40
+"""Clients that an overview tells of."""
+
 
 @dataclass(frozen=True)
 class Line:
-    """One client in one round. Sizes are bytes of whole messages; `*_payload` leaves the framing out."""
+    """One client in one round. Sizes are bytes of whole messages; `*_payload` leaves the framing out. `peak` bytes and
+    `took` seconds of its turn, as measured where it ran and as foretold, are 0 where unknown."""
 
     client: str
     down: int
@@ -22,6 +26,10 @@ class Line:
     up: int
     up_payload: int
     rejected: str = ""
+    peak: int = 0
+    took: float = 0.0
+    foretold_peak: int = 0
+    foretold_took: float = 0.0
 
 
 class Ledger:
@@ -67,6 +75,38 @@ class Ledger:
             entry["rounds"] += 1
             entry["rejected"] += bool(row["rejected"])
         return totals
+
+    def overview(self, kinds: Mapping[str, str]) -> dict[str, Any]:
+        """Who took part, and what turns cost, of the MOST clients that were asked most often.
+
+        `marks` has a letter for every round: t took part, r rejected or silent, a dot for not asked. `costs` are the
+        highest peak and the mean seconds of a client's turns, measured and foretold, where there are any.
+        """
+        marks: dict[str, dict[int, str]] = {}
+        costs: dict[str, list[dict[str, Any]]] = {}
+        last = 0
+        for row in self.rows():
+            last = max(last, row["round"])
+            marks.setdefault(row["client"], {})[row["round"]] = "r" if row["rejected"] else "t"
+            if row.get("peak") or row.get("foretold_peak"):
+                costs.setdefault(row["client"], []).append(row)
+        shown = sorted(sorted(marks, key=lambda client: (-len(marks[client]), client))[:MOST])
+        return {
+            "clients": len(marks), "rounds": last,
+            "marks": {client: "".join(marks[client].get(n, ".") for n in range(1, last + 1)) for client in shown},
+            "costs": [_cost(client, kinds.get(client, ""), costs[client]) for client in shown if client in costs],
+        }  # fmt: skip
+
+
+def _cost(client: str, kind: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    def mean(name: str) -> float:
+        return round(sum(float(row[name]) for row in rows) / len(rows), 4)
+
+    return {
+        "client": client, "kind": kind, "peak": max(row["peak"] for row in rows),
+        "foretold_peak": max(row["foretold_peak"] for row in rows), "took": mean("took"),
+        "foretold_took": mean("foretold_took"),
+    }  # fmt: skip
 
 
 def _encode(row: dict[str, Any]) -> bytes:

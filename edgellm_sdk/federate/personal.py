@@ -144,13 +144,22 @@ def better(candidate: Measured, current: Measured) -> bool:
     return mean > math.sqrt(sum((gain - mean) ** 2 for gain in gains) / (len(gains) - 1) / len(gains))
 
 
+def _turn_of(user: str) -> str:
+    """The client that a user is by itself: with streams of its own, so with other minibatches and directions than in
+    the federation."""
+    return f"{user}/own"
+
+
 class Personaliser:
     """Personalises one user after the other from `state`, the federation's result, with `steps` local steps each."""
 
     def __init__(self, relay: Relay, model: ModelHandle, state: State, steps: int, ctx: Context) -> None:
         self.relay, rounds = alone(relay, steps)
         self.model, self.start = model, replace(state, round=0, cohort=0)
-        self.ctx = replace(ctx, rounds=rounds, configs=self.relay.configs, curves={}, notes=[], assigned={}, drift=None)
+        self.ctx = replace(
+            ctx, rounds=rounds, configs=self.relay.configs, curves={}, notes=[], assigned={}, drift=None, foretold={},
+            spent={}, profiles={_turn_of(user): profile for user, profile in ctx.profiles.items()},
+        )  # fmt: skip
         self.untrained = self.relay.initialise(model, self.ctx)
 
     def personal(self, user: str, training: Dataset, deciding: Dataset, reporting: Dataset) -> Personal:
@@ -180,7 +189,7 @@ class Personaliser:
 
     def _trained(self, user: str, training: Dataset) -> State:
         state, ctx = self.start, self.ctx
-        client = f"{user}/own"  # streams of its own: other minibatches and directions than in the federation
+        client = _turn_of(user)
         for _ in range(ctx.rounds):
             assigned = self.relay.assign(state, [client], {client: len(training)}, ctx)
             ctx.assigned = assigned

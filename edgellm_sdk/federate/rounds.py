@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from edgellm_sdk import wire
-from edgellm_sdk.context import Context
+from edgellm_sdk.context import Context, Cost, Rounds
 from edgellm_sdk.errors import FederationError, ModelError
 from edgellm_sdk.federate.ledger import Ledger, Line
 from edgellm_sdk.relay import Relay
@@ -61,15 +61,14 @@ def run_rounds(
     state = start
     if watch and state.round == 0:
         _observe(watch, state, ctx)
-    with ctx.progress("federated rounds", plan.rounds) as progress:
-        progress.advance(state.round)
+    with ctx.rounds_view(plan.rounds, state.round) as view:
         while state.round < plan.rounds:
-            state = _one_round(relay, state, plan, engine, ctx, ledger)
+            state, cells = _one_round(relay, state, plan, engine, ctx, ledger, view)
             last = state.round == plan.rounds
             if watch and plan.watch_every and (state.round % plan.watch_every == 0 or last):
                 _observe(watch, state, ctx)
             ctx.checkpoint(CHECKPOINT, state.arrays, _scalars(state, ctx))
-            progress.advance(1, _headline(ctx))
+            view.ended(cells, _headline(ctx))
     return state
 
 
@@ -117,7 +116,10 @@ def _headline(ctx: Context) -> str:
     return "  ".join(parts)
 
 
-def _one_round(relay: Relay, state: State, plan: Plan, engine: Engine, ctx: Context, ledger: Ledger) -> State:
+def _one_round(
+    relay: Relay, state: State, plan: Plan, engine: Engine, ctx: Context, ledger: Ledger, view: Rounds
+) -> tuple[State, tuple[Any, ...]]:
+    """The next state, and what the view shows of the round."""
     number = state.round + 1
     reasons: dict[str, str] = {}
     for attempt in range(plan.attempts):
@@ -126,7 +128,8 @@ def _one_round(relay: Relay, state: State, plan: Plan, engine: Engine, ctx: Cont
         ctx.assigned = assignments
         sent = {client: wire.assignment_to_bytes(assignments[client]) for client in clients}
         began = time.monotonic()
-        updates, lines, reasons = _collect(relay, state, assignments, sent, engine(sent), plan.clients, ctx)
+        replies = _counted(engine(sent), len(sent), number, view)
+        updates, lines, reasons = _collect(relay, state, assignments, sent, replies, plan.clients, ctx)
         ledger.add(number, attempt, lines, time.monotonic() - began)
         if len(updates) >= max(1, math.ceil(plan.quorum * len(clients))):
             break
@@ -141,7 +144,17 @@ def _one_round(relay: Relay, state: State, plan: Plan, engine: Engine, ctx: Cont
     problem = _not_finite(new)
     if problem:
         raise FederationError(f"aggregation made {problem} not finite", f"round {number}", "lower the learning rate")
-    return new
+    carried = sum(line.up for line in lines), sum(line.down for line in lines)
+    return new, (number, len(updates), len(reasons), *carried, time.monotonic() - began)
+
+
+def _counted(
+    replies: Iterable[tuple[str, bytes | Failure]], asked: int, number: int, view: Rounds
+) -> Iterator[tuple[str, bytes | Failure]]:
+    view.answered(0, asked, number)
+    for count, reply in enumerate(replies, 1):
+        view.answered(count, asked, number)
+        yield reply
 
 
 def _not_finite(state: State) -> str | None:
@@ -151,6 +164,14 @@ def _not_finite(state: State) -> str | None:
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             return name
     return None
+
+
+def _costs(client: str, ctx: Context) -> dict[str, Any]:
+    spent, foretold = (costs.get(client, Cost()) for costs in (ctx.spent, ctx.foretold))
+    return {
+        "peak": spent.peak, "took": round(spent.seconds, 4),
+        "foretold_peak": foretold.peak, "foretold_took": round(foretold.seconds, 4),
+    }  # fmt: skip
 
 
 def _collect(
@@ -202,6 +223,7 @@ def _collect(
             up=received.get(client, 0),
             up_payload=payload.get(client, 0),
             rejected=reasons.get(client, ""),
+            **_costs(client, ctx),
         )
         for client in sorted(sent)
     ]

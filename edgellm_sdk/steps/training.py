@@ -15,6 +15,7 @@ from edgellm_sdk.federate.engine import in_process
 from edgellm_sdk.federate.ledger import Ledger
 from edgellm_sdk.federate.partition import partition as deal
 from edgellm_sdk.federate.personal import INDEX, USERS, alone, require_adapter
+from edgellm_sdk.federate.profiles import read as read_profiles
 from edgellm_sdk.federate.rounds import Plan, Watch, resumed, run_rounds
 from edgellm_sdk.random import Stream
 from edgellm_sdk.relay import Relay
@@ -45,6 +46,7 @@ def finetune(
     task_prompt: str = "",
     resume: bool = False,
     dry_run: bool = False,
+    profiles: str | Path = "",
     quorum: float = 0.5,
     memory: int = 0,
     hidden: str | Path = "",
@@ -70,7 +72,7 @@ def finetune(
         "model": model, "data": data, "clients": clients, "rounds": rounds, "clients_per_round": clients_per_round,
         "partition": partition, "seed": seed, "device": device, "aggregate": aggregate, "around": around,
         "balance": balance, "task_prompt": task_prompt, "quorum": quorum, "watch": watch, "hidden": str(hidden),
-        "personalise": personalise, "kept_aside": kept_aside,
+        "profiles": str(profiles), "personalise": personalise, "kept_aside": kept_aside,
     }  # fmt: skip
     config.build(settings.Finetune, asked | {"memory": memory}, "finetune")
     method = registry.get(plugin, "finetune")
@@ -88,6 +90,7 @@ def finetune(
         raise ConfigError(f"{clients_per_round} clients per round of {len(indices)}", "clients-per-round")
     if personalise:
         alone(relay, personalise)
+    told = read_profiles(Path(profiles), list(indices)) if profiles else {}
     if dry_run:
         return step.plan()
     handle = models.resolve(model)
@@ -100,7 +103,8 @@ def finetune(
         with Meter() as meter:
             ctx = Context(
                 step.folder, seed, device, memory=memory << 20 or None, quiet=quiet, rounds=rounds,
-                configs=relay.configs, hidden=Path(hidden).expanduser() if hidden else None,
+                configs=relay.configs, hidden=Path(hidden).expanduser() if hidden else None, model=handle,
+                profiles=told,
             )  # fmt: skip
             shards = {client: train.select(rows) for client, rows in indices.items()}
             fleet = Fleet(shards, kept_aside, personalise, ctx) if personalise else None
@@ -122,15 +126,18 @@ def finetune(
             measured = relay.measure(final, valid, ctx) if valid is not None else {}
             records = fleet.personalised(relay, handle, final) if fleet else []
         report.finish(meter, ctx)
-        _describe_federation(report, book, final, measured)
+        _describe_federation(report, book, final, measured, {c: p.kind for c, p in told.items()})
         if records:
             describe(report, records)
         relay.report(report, ctx)
         return step.publish(tuned, report, (USERS, INDEX) if fleet else ())
 
 
-def _describe_federation(report: Report, book: Ledger, final: State, measured: Mapping[str, Metric]) -> None:
+def _describe_federation(
+    report: Report, book: Ledger, final: State, measured: Mapping[str, Metric], kinds: Mapping[str, str]
+) -> None:
     totals = book.totals()
+    report.federation = book.overview(kinds)
     report.bytes = totals
     report.rejected = [
         {"client": row["client"], "round": row["round"], "reason": row["rejected"]}

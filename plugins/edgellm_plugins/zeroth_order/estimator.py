@@ -89,6 +89,13 @@ def scaled(v: Values, jvp: float) -> Values:
     return {name: array * np.float32(jvp) for name, array in v.items()}
 
 
+def mean_gradient(directions: Sequence[Arrays], jvp: Sequence[float] | Array) -> Values:
+    """mean_k(jvp_k v_k), float32: all that a replay needs besides the step rule."""
+    share = [float(j) / len(directions) for j in jvp]
+    parts = [scaled(dict(v), s) for v, s in zip(directions, share, strict=True)]
+    return {name: np.sum([part[name] for part in parts], axis=0, dtype=np.float32) for name in directions[0]}
+
+
 class HalfSums:
     """Running weighted sums of forward gradients in two halves, float64: their mean, and the variance of that mean.
 

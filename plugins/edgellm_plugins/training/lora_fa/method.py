@@ -23,7 +23,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -40,7 +40,7 @@ from edgellm_sdk.kit.adapters import Trainables
 from edgellm_sdk.kit.frozen import Frozen
 from edgellm_sdk.kit.objective import Objective, objective
 from edgellm_sdk.random import Stream
-from edgellm_sdk.types import Arrays, Assignment, Dataset, ModelHandle, State, Update
+from edgellm_sdk.types import Assignment, Dataset, ModelHandle, State, Update
 
 EPS = 1e-6
 Correct: TypeAlias = Callable[[Leaves], None]
@@ -103,18 +103,11 @@ def zeroth_slope(found: Objective, config: Config, client: str, ctx: Context) ->
         pool = int(ctx.stream(f"directions/{client}", step).seeds(1)[0])
         directions = [estimator.direction(estimator.shapes_of(theta), pool, k) for k in range(config.probes)]
         estimate = estimator.probe(partial(found.evaluate, name, make), theta, directions, config.step)
-        for key, gradient in mean_gradient(directions, estimate.jvp).items():
+        for key, gradient in estimator.mean_gradient(directions, estimate.jvp).items():
             leaves[key].grad = torch.from_numpy(gradient)[None].to(leaves[key])
         return float(estimate.loss.astype(np.float64).mean())
 
     return slope
-
-
-def mean_gradient(directions: Sequence[Arrays], jvp: Sequence[Any] | Any) -> dict[str, Any]:
-    """mean_k(jvp_k v_k), float32: all that a replay needs besides the step rule."""
-    share = [float(j) / len(directions) for j in jvp]
-    scaled = [estimator.scaled(dict(v), s) for v, s in zip(directions, share, strict=True)]
-    return {name: np.sum([part[name] for part in scaled], axis=0, dtype=np.float32) for name in directions[0]}
 
 
 def _cost(config: Config) -> int:
