@@ -38,6 +38,13 @@ class Finetune:
     memory: int = opt(0, "budget for what a method may keep in memory; 0 sets none", unit="MB", ge=0)
     hidden: str = opt("", "folder that keeps frozen layers' hidden states for later runs; they tell of the texts")
     watch: int = opt(10, "measure on held-out data every so many rounds; 0 never", unit="rounds", ge=0)
+    personalise: int = opt(
+        0, "local steps (rounds, for a method without) of every client after the federation, for an adapter of its own",
+        unit="steps", ge=0, le=1_000_000,
+    )  # fmt: skip
+    kept_aside: float = opt(
+        0.2, "with --personalise: share of each client's examples kept to choose and to report on", ge=0.01, le=0.9
+    )
 
 
 @dataclass(frozen=True)
@@ -66,6 +73,8 @@ class Export:
     data: str = opt("", "data whose prompts the gate compares on; empty uses what the model was tuned on, if known")
     task_prompt: str = opt("", TASK_PROMPT)
     gate: bool = opt(True, "run the written file and refuse it if it does not behave like the model")
+    users: bool = opt(False, "of a run with --personalise: a folder of one base, each user's adapter and a manifest")
+    gate_users: int = opt(0, "with --users: adapters the gate runs, drawn at random; 0 runs all", ge=0)
     seed: int = opt(0, SEED, ge=0)
     dry_run: bool = opt(False, DRY_RUN)
 
@@ -85,6 +94,7 @@ class Evaluate:
 @dataclass(frozen=True)
 class Deploy:
     prompt: str = opt("", "text to answer; without it, standard input or a chat on the terminal")
+    user: str = opt("", "of a folder that export --users wrote: whose adapter; in a chat, /user NAME changes it")
     device: str = opt("", "backend plugin that runs it; empty chooses by format")
     system: str = opt("", "system message put before the prompt")
     raw: bool = opt(False, "continue the prompt as plain text, without the model's chat template")

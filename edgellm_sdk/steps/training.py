@@ -14,12 +14,14 @@ from edgellm_sdk.federate.by_hand import combine
 from edgellm_sdk.federate.engine import in_process
 from edgellm_sdk.federate.ledger import Ledger
 from edgellm_sdk.federate.partition import partition as deal
+from edgellm_sdk.federate.personal import INDEX, USERS, alone, require_adapter
 from edgellm_sdk.federate.profiles import read as read_profiles
 from edgellm_sdk.federate.rounds import Plan, Watch, resumed, run_rounds
 from edgellm_sdk.random import Stream
 from edgellm_sdk.relay import Relay
 from edgellm_sdk.report import Meter, Report
 from edgellm_sdk.steps.examples import inherited_data, training_data
+from edgellm_sdk.steps.fleet import Fleet, describe
 from edgellm_sdk.steps.step import Outcome, prepare, size_of
 from edgellm_sdk.types import Metric, State
 
@@ -49,6 +51,8 @@ def finetune(
     memory: int = 0,
     hidden: str | Path = "",
     watch: int = 10,
+    personalise: int = 0,
+    kept_aside: float = 0.2,
     options: Mapping[str, Any] | None = None,
     quiet: bool = True,
 ) -> Outcome:
@@ -57,6 +61,8 @@ def finetune(
     `rounds` 0 means 100; `clients_per_round` 0 means all; `memory` is a budget in MB, 0 for none; the folder
     `hidden` keeps hidden states of frozen layers for later runs; every `watch` rounds the state is measured on held-out
     data (0: never). A stopped run goes on with `resume` and ends in the same bytes.
+    `personalise` local steps give every client an adapter of its own in `output/users`, where it helps on what the
+    client kept aside of its examples; `output/users.json` tells who got what.
     `around` names plugins that work around the method, the outermost last. `options` are the method's; those of the
     `device`, of the plugin that aggregates and of those around are tables in it, under their names:
     `{"rank": 4, "llama_cpp": {"contexts": 2}}`.
@@ -66,7 +72,7 @@ def finetune(
         "model": model, "data": data, "clients": clients, "rounds": rounds, "clients_per_round": clients_per_round,
         "partition": partition, "seed": seed, "device": device, "aggregate": aggregate, "around": around,
         "balance": balance, "task_prompt": task_prompt, "quorum": quorum, "watch": watch, "hidden": str(hidden),
-        "profiles": str(profiles),
+        "profiles": str(profiles), "personalise": personalise, "kept_aside": kept_aside,
     }  # fmt: skip
     config.build(settings.Finetune, asked | {"memory": memory}, "finetune")
     method = registry.get(plugin, "finetune")
@@ -82,6 +88,8 @@ def finetune(
     indices = deal(train, partition, clients, Stream(seed, "partition"))
     if clients_per_round > len(indices):
         raise ConfigError(f"{clients_per_round} clients per round of {len(indices)}", "clients-per-round")
+    if personalise:
+        alone(relay, personalise)
     told = read_profiles(Path(profiles), list(indices)) if profiles else {}
     if dry_run:
         return step.plan()
@@ -99,6 +107,8 @@ def finetune(
                 profiles=told,
             )  # fmt: skip
             shards = {client: train.select(rows) for client, rows in indices.items()}
+            fleet = Fleet(shards, kept_aside, personalise, ctx) if personalise else None
+            shards = fleet.training if fleet else shards
             plan = Plan(
                 {client: len(shard) for client, shard in shards.items()}, clients_per_round or len(shards), rounds,
                 quorum, watch_every=watch,
@@ -108,14 +118,19 @@ def finetune(
             book = Ledger(step.folder / "ledger.jsonl")
             book.keep_until(state.round if state else 0)
             start = state if state is not None else relay.initialise(handle, ctx)
+            if fleet:
+                require_adapter(relay, handle, start, step.folder / "model", ctx)
             observe: Watch | None = (lambda s: relay.measure(s, valid, ctx)) if valid is not None and watch else None
             final = run_rounds(relay, start, plan, in_process(relay, handle, shards, ctx), ctx, book, observe)
             tuned = relay.personalise(handle, final, step.folder / "model", ctx)
             measured = relay.measure(final, valid, ctx) if valid is not None else {}
+            records = fleet.personalised(relay, handle, final) if fleet else []
         report.finish(meter, ctx)
         _describe_federation(report, book, final, measured, {c: p.kind for c, p in told.items()})
+        if records:
+            describe(report, records)
         relay.report(report, ctx)
-        return step.publish(tuned, report)
+        return step.publish(tuned, report, (USERS, INDEX) if fleet else ())
 
 
 def _describe_federation(
