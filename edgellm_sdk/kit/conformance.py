@@ -61,7 +61,10 @@ def checks(name: str, options: Mapping[str, Any] | None = None) -> list[Check]:
     federated: Sequence[Callable[[runs.Subject], None]] = (
         runs.order_of_arrival_is_nothing, runs.nan_changes_nothing, runs.rounds_resume,
     )  # fmt: skip
-    if {"edgellm_finetune", "edgellm_aggregate"} & set(loaded.hooks):
+    around = loaded.stages == ("around",)
+    if around:
+        stages.append(("", (runs.finetune_repeats, runs.finetune_keeps_its_inputs)))
+    if around or {"edgellm_finetune", "edgellm_aggregate"} & set(loaded.hooks):
         stages.append(("", federated))
     for hook, functions in stages:
         if not hook or hook in loaded.hooks:
