@@ -23,3 +23,10 @@ class Adaptive(Weighted):
 @dataclass(frozen=True)
 class Forgetting(Adaptive):
     beta2: float = opt(0.99, "decay of the mean of squared changes", ge=0, le=0.999999)
+
+
+@dataclass(frozen=True)
+class Byzantine:
+    byzantine: int = opt(
+        -1, "f, hostile clients to withstand in a round of n; -1: (n - 3) / 2, less if the rule allows less", ge=-1
+    )

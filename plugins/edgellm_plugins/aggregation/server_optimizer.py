@@ -71,7 +71,8 @@ def adaptive(
 ) -> State:
     """FedOpt, Algorithm 2: u <- beta_1 u + (1 - beta_1) Delta; v by `second`; theta <- theta + eta u / (sqrt(v) + tau).
 
-    No bias correction; u starts at 0 and v at tau^2 (Flower's rules start v at 0, and its FedAdam corrects the bias). `decay` lambda takes eta lambda theta away as well.
+    No bias correction; u starts at 0 and v at tau^2. (Flower's rules start v at 0, and its FedAdam corrects the bias.)
+    `decay` lambda takes eta lambda theta away as well.
     """
 
     def rule(theta: Array, change: Array, before: Arrays) -> tuple[Array, dict[str, Array]]:
