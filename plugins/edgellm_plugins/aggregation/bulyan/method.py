@@ -2,6 +2,9 @@
 every coordinate the theta - 2f values next to the median of the chosen are averaged.
 
 Every client counts alike; of equals the client whose name comes first goes first. Needs n >= 4f + 3 clients.
+
+Bound: in a round of ten, one of them hostile, the error is below 0.35 of the true change,
+where a client's noise is 0.55 of it (cookbook/benchmarks/byzantine.py).
 """
 
 from __future__ import annotations

@@ -5,6 +5,9 @@ but inner products; nu is 1e-6 of the median length, so that a change met exactl
 counts alike. Holds while fewer than half of the clients are hostile.
 
 Distances are those of products B A (see `robust`).
+
+Bound: in a round of ten, up to three of them hostile, the error is below 0.4 of the true change,
+where a client's noise is 0.55 of it (cookbook/benchmarks/byzantine.py).
 """
 
 from __future__ import annotations

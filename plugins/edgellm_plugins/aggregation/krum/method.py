@@ -4,6 +4,9 @@ Multi-Krum averages the m changes with the smallest sums. Every client counts al
 comes first goes first. Needs n >= 2f + 3 clients.
 
 Where we differ: distances and the mean are those of products B A (see `robust`), the paper's are of vectors.
+
+Bounds: the error of a round of ten, up to three of them hostile, stays below 0.7 of the change's length for Krum and
+below 0.4 for m = n - f, where a client's noise is 0.55 of it (cookbook/benchmarks/byzantine.py).
 """
 
 from __future__ import annotations

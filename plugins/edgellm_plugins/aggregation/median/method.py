@@ -1,6 +1,9 @@
 """The coordinate-wise median of changes, arXiv 1803.01498: of an even number of values the mean of the middle two.
 
 Every client counts alike. Holds while fewer than half of the clients are hostile.
+
+Bound: in a round of ten, up to three of them hostile, the error is below 0.5 of the true change,
+where a client's noise is 0.55 of it (cookbook/benchmarks/byzantine.py).
 """
 
 from __future__ import annotations

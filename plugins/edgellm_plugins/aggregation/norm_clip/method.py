@@ -2,6 +2,9 @@
 
 p_k is 1 / n unless asked otherwise. |Delta_k| is the length of the whole change, of products B A where factors train
 (see `robust`). One client moves theta by p_k C at most, whatever it sends; a change of length 0 is a change.
+
+Bound: in a round of ten, up to three of them hostile, the error is below 0.7 of the true change,
+where a client's noise is 0.55 of it (cookbook/benchmarks/byzantine.py).
 """
 
 from __future__ import annotations

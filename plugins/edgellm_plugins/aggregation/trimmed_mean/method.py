@@ -1,6 +1,9 @@
 """The coordinate-wise trimmed mean, arXiv 1803.01498: the mean without the f largest and the f smallest values.
 
 Every client counts alike. Needs n > 2f clients.
+
+Bound: in a round of ten, up to three of them hostile, the error is below 0.45 of the true change,
+where a client's noise is 0.55 of it (cookbook/benchmarks/byzantine.py).
 """
 
 from __future__ import annotations
