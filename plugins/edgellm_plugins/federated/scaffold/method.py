@@ -53,8 +53,9 @@ def packed(found: Arrays) -> dict[str, Array]:
 
 
 def assigned(given: Mapping[str, Assignment], state: State, enrolled: int, ctx: Context) -> Mapping[str, Assignment]:
-    """Every assignment with c beside theta. ConfigError where a client is sent theta of another shape than the
-    server's."""
+    """Every assignment with c beside theta. ConfigError, before anybody works, for a method that `insist_on_sgd`
+    refuses, and where a client is sent theta of another shape than the server's."""
+    insist_on_sgd(next((config for config in ctx.configs.values() if isinstance(config, Options)), None))
     ctx.drop(ENROLLED)
     ctx.keep(ENROLLED, lambda: enrolled)
     return {client: replace(a, arrays={**a.arrays, **packed(_server_c(a, state))}) for client, a in given.items()}
