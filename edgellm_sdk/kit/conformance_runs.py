@@ -178,7 +178,7 @@ def _context(relay: Any) -> Iterator[Context]:
         torch.set_num_threads(threads)
 
 
-def _shards(clients: Sequence[str] = CLIENTS) -> dict[str, Dataset]:
+def shards_of(clients: Sequence[str] = CLIENTS) -> dict[str, Dataset]:
     data = tiny_data()
     return {client: data.select(range(k, len(data), len(clients))) for k, client in enumerate(clients)}
 
@@ -191,7 +191,7 @@ def _first_updates(subject: Subject) -> tuple[State, list[Assignment], list[Upda
     relay = subject.relay()
     with _context(relay) as ctx:
         start = relay.initialise(subject.model, ctx)
-        shards = _shards()
+        shards = shards_of()
         assigned = relay.assign(start, CLIENTS, {c: len(s) for c, s in shards.items()}, ctx)
         sent = [wire.assignment_from_bytes(wire.assignment_to_bytes(assigned[c]), c) for c in CLIENTS]
         return start, sent, [relay.finetune(subject.model, shards[a.client], a, ctx) for a in sent]
@@ -214,7 +214,7 @@ def finetune_keeps_its_inputs(subject: Subject) -> None:
     relay = subject.relay()
     with _context(relay) as ctx:
         start = relay.initialise(subject.model, ctx)
-        shard = _shards()["a"]
+        shard = shards_of()["a"]
         given = relay.assign(start, ["a"], {"a": len(shard)}, ctx)["a"]
         given = replace(given, arrays={name: array.copy() for name, array in given.arrays.items()})
         raw, examples, state = wire.assignment_to_bytes(given), shard.examples, wire.state_to_bytes(start)
@@ -233,7 +233,7 @@ def _run(
     from edgellm_sdk.federate.ledger import Ledger
     from edgellm_sdk.federate.rounds import Plan, resumed, run_rounds
 
-    shards = _shards(subject.clients)
+    shards = shards_of(subject.clients)
     plan = Plan({client: len(shard) for client, shard in shards.items()}, len(shards), ROUNDS)
     relay = subject.relay(kind)
 
