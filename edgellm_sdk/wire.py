@@ -66,10 +66,17 @@ def _refuse_constant(text: str) -> Any:
     raise ValueError(f"{text} is not JSON")
 
 
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:20]} is larger than any number here")
+    return value
+
+
 def strict_json(text: str) -> Any:
-    """JSON without NaN, Infinity, duplicate keys or deep nesting; ValueError otherwise."""
+    """JSON without NaN, Infinity, numbers as large as that, duplicate keys or deep nesting; ValueError otherwise."""
     try:
-        return json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_refuse_constant)
+        return json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_refuse_constant, parse_float=_finite)
     except RecursionError:
         raise ValueError("nested too deeply") from None
 
