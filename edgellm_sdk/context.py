@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,11 +22,12 @@ Kept = TypeVar("Kept")
 @dataclass
 class Drift:
     """What a client's every gradient gets added: `proximal` * (theta - theta_0) + `arrays`, theta_0 being what it was
-    sent. A method that does so sets `applied`."""
+    sent. A method that does so sets `applied`, and `rates` to the learning rates of its steps as they are taken."""
 
     proximal: float = 0.0
     arrays: Arrays = field(default_factory=dict)
     applied: bool = False
+    rates: Sequence[float] = ()
 
 
 @dataclass(frozen=True)

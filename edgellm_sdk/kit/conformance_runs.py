@@ -6,7 +6,7 @@ import functools
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,12 +14,14 @@ from typing import Any
 
 from edgellm_sdk import config, registry, wire
 from edgellm_sdk.context import Context
-from edgellm_sdk.errors import DeviceError, FederationError, Interrupted, ModelError
+from edgellm_sdk.errors import ConfigError, DeviceError, FederationError, Interrupted, ModelError
 from edgellm_sdk.hookspecs import hookimpl
 from edgellm_sdk.types import Artifact, Assignment, Dataset, ModelHandle, Session, State, Update
 
 CLIENTS = ("a", "b", "c")
 ROUNDS = 4
+FROZEN = ", A frozen"  # ends a kind of update that holds B alone
+AROUND = ("lora", {"optimizer": "sgd", "clip": 0.0, "steps": 2})  # what is tested with a plugin that works around one
 TEXTS = (
     ("win a free prize now, call this number today", "spam"),
     ("are you coming home for dinner tonight, mum asks", "ham"),
@@ -35,16 +37,18 @@ def require(true: object, otherwise: str) -> None:
 
 
 class _MadeUp:
-    """A method without a model, for a plain aggregator: theta is a pair of factors and a bias, and what a client sends
-    as `kind` is theta with a change that is drawn, or that change."""
+    """A method without a model, for a plain aggregator: theta is a pair of factors (or B alone) and a bias, and what a
+    client sends as `kind` is theta with a change that is drawn, or that change."""
 
     def __init__(self, kind: str) -> None:
-        self.kind = kind
+        self.kind, self.frozen = kind.removesuffix(FROZEN), kind.endswith(FROZEN)
 
     @hookimpl
     def edgellm_initialise(self, model: ModelHandle, ctx: Context) -> State:
         stream = ctx.stream("made up")
         factors = {"m.lora_A": stream.normal(8).reshape(2, 4), "m.lora_B": stream.normal(12).reshape(6, 2)}
+        if self.frozen:
+            del factors["m.lora_A"]
         return State(model.digest, 0, {**factors, "b": stream.normal(4)}, {"scale": 2.0})
 
     @hookimpl
@@ -67,10 +71,13 @@ class Subject:
 
     def relay(self, kind: str = "delta") -> Any:
         """The plugin, with one that aggregates if it only trains; with made-up clients that send `kind` if it only
-        aggregates."""
+        aggregates; with LoRA by plain SGD if it works around a method."""
         from edgellm_sdk.relay import Relay
 
-        plugins = [self.loaded]
+        plugins, method = [self.loaded], {}
+        if self.loaded.stages == ("around",):
+            plugins.insert(0, registry.get(AROUND[0], "finetune"))
+            method = {AROUND[0]: AROUND[1]}
         hooks = set(self.loaded.hooks)
         if "edgellm_finetune" in hooks and "edgellm_aggregate" not in hooks:
             plugins.append(registry.get("fedavg", "aggregate"))
@@ -79,9 +86,21 @@ class Subject:
             about = registry.Plugin("made-up", "clients of the conformance suite", "1")
             trains = ("edgellm_finetune", "edgellm_initialise")
             plugins.insert(0, registry.Loaded(about, made_up, registry.Source("made-up", __name__, "built-in"), trains))
-        configs: dict[str, Any] = {p.plugin.name: config.build(p.plugin.config, {}, p.plugin.name) for p in plugins}
+        configs: dict[str, Any] = {
+            p.plugin.name: config.build(p.plugin.config, method.get(p.plugin.name, {}), p.plugin.name) for p in plugins
+        }
         own: Any = config.build(self.loaded.plugin.config, self.options, self.loaded.plugin.name)
         return Relay(plugins, configs | {self.loaded.plugin.name: own})
+
+    @property
+    def trains(self) -> bool:
+        """Whether its clients train: a method's own, or those that a plugin is put around."""
+        return "edgellm_finetune" in self.loaded.hooks or self.loaded.stages == ("around",)
+
+    @property
+    def clients(self) -> tuple[str, ...]:
+        """Rules that withstand hostile clients refuse small rounds, and made-up clients cost nothing."""
+        return CLIENTS if self.trains else (*CLIENTS, "d", "e")
 
     @functools.cached_property
     def model(self) -> ModelHandle:
@@ -159,9 +178,9 @@ def _context(relay: Any) -> Iterator[Context]:
         torch.set_num_threads(threads)
 
 
-def _shards() -> dict[str, Dataset]:
+def shards_of(clients: Sequence[str] = CLIENTS) -> dict[str, Dataset]:
     data = tiny_data()
-    return {client: data.select(range(k, len(data), len(CLIENTS))) for k, client in enumerate(CLIENTS)}
+    return {client: data.select(range(k, len(data), len(clients))) for k, client in enumerate(clients)}
 
 
 def _contents(folder: Path) -> dict[str, bytes]:
@@ -172,7 +191,7 @@ def _first_updates(subject: Subject) -> tuple[State, list[Assignment], list[Upda
     relay = subject.relay()
     with _context(relay) as ctx:
         start = relay.initialise(subject.model, ctx)
-        shards = _shards()
+        shards = shards_of()
         assigned = relay.assign(start, CLIENTS, {c: len(s) for c, s in shards.items()}, ctx)
         sent = [wire.assignment_from_bytes(wire.assignment_to_bytes(assigned[c]), c) for c in CLIENTS]
         return start, sent, [relay.finetune(subject.model, shards[a.client], a, ctx) for a in sent]
@@ -195,7 +214,7 @@ def finetune_keeps_its_inputs(subject: Subject) -> None:
     relay = subject.relay()
     with _context(relay) as ctx:
         start = relay.initialise(subject.model, ctx)
-        shard = _shards()["a"]
+        shard = shards_of()["a"]
         given = relay.assign(start, ["a"], {"a": len(shard)}, ctx)["a"]
         given = replace(given, arrays={name: array.copy() for name, array in given.arrays.items()})
         raw, examples, state = wire.assignment_to_bytes(given), shard.examples, wire.state_to_bytes(start)
@@ -214,7 +233,8 @@ def _run(
     from edgellm_sdk.federate.ledger import Ledger
     from edgellm_sdk.federate.rounds import Plan, resumed, run_rounds
 
-    plan = Plan({client: len(shard) for client, shard in _shards().items()}, len(CLIENTS), ROUNDS)
+    shards = shards_of(subject.clients)
+    plan = Plan({client: len(shard) for client, shard in shards.items()}, len(shards), ROUNDS)
     relay = subject.relay(kind)
 
     def interrupting(engine: Any) -> Any:
@@ -232,26 +252,24 @@ def _run(
         start = relay.initialise(subject.model, ctx)
         if stop:
             try:
-                run_rounds(
-                    relay, start, plan, interrupting(in_process(relay, subject.model, _shards(), ctx)), ctx, ledger
-                )
+                run_rounds(relay, start, plan, interrupting(in_process(relay, subject.model, shards, ctx)), ctx, ledger)
             except Interrupted:
                 relay = subject.relay(kind)
                 ctx = Context(ctx.folder, 7, threads=1, rounds=ROUNDS, configs=dict(relay.configs))
                 start = resumed(ctx, subject.model.digest) or start
                 ledger.keep_until(start.round)
-        final = run_rounds(relay, start, plan, change(in_process(relay, subject.model, _shards(), ctx)), ctx, ledger)
+        final = run_rounds(relay, start, plan, change(in_process(relay, subject.model, shards, ctx)), ctx, ledger)
         return wire.state_to_bytes(final)
 
 
 def _kind(subject: Subject) -> str:
     """A kind of update that a plain aggregator accepts."""
-    if "edgellm_finetune" in subject.loaded.hooks:
+    if subject.trains:
         return ""
-    for kind in ("delta", "weights", "lora"):
+    for kind in ("delta", "weights", "lora", f"delta{FROZEN}", f"weights{FROZEN}"):
         try:
             _run(subject, kind=kind)
-        except FederationError:
+        except (ConfigError, FederationError):
             continue
         return kind
     raise AssertionError("it aggregates none of the kinds delta, weights, lora")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from edgellm_sdk.context import Context
 from edgellm_sdk.errors import FederationError
 from edgellm_sdk.federate.ledger import Ledger
 from edgellm_sdk.federate.rounds import CHECKPOINT, Failure, Plan, resumed, run_rounds, sample
+from edgellm_sdk.hookspecs import hookimpl
 from edgellm_sdk.relay import Relay
 from edgellm_sdk.types import State, Update
 
@@ -85,6 +87,8 @@ NAN = {"arrays": {"w": np.full(3, np.nan, np.float32)}}
         (b"garbage", "malformed"),
         (b"", "malformed"),
         (NAN, "not finite"),
+        ({"arrays": {"w": np.full(3, 1e38, np.float32)}}, "too large to square"),
+        ({"rng": "mersenne"}, "draws from 'mersenne'"),
         ({"arrays": {"w": np.zeros(4, np.float32)}}, "float32[4]"),
         ({"arrays": {"w": np.zeros(3)}}, "float64"),
         ({"arrays": {}}, "exactly the expected"),
@@ -122,6 +126,48 @@ def test_below_quorum_it_tries_again_then_stops_with_the_last_good_state(tmp_pat
     assert {row["attempt"] for row in ledger.rows() if row["round"] == 3} == {0, 1, 2}
 
 
+class Sends:
+    """Sends `sends/x` along with w."""
+
+    @hookimpl(wrapper=True)
+    def edgellm_assign(self) -> Iterator[None]:
+        given: Any = yield
+        extra = {"sends/x": np.ones(2, np.float32)}
+        return {c: replace(a, arrays={**a.arrays, **extra}) for c, a in given.items()}  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("sends/x", np.ones(2, np.float32), ""),
+        ("sends/x", np.ones(3, np.float32), "float32[3]"),
+        ("sends/y", np.ones(2, np.float32), "exactly the expected"),
+        ("fedavg/x", np.ones(2, np.float32), "exactly the expected"),
+        ("server/x", np.ones(2, np.float32), "exactly the expected"),
+    ],
+)
+def test_what_a_plugin_sends_it_may_be_sent_and_nobody_averages_it(
+    tmp_path: Path, name: str, value: np.ndarray, reason: str
+) -> None:
+    def engine(messages: Mapping[str, bytes]) -> Iterator[tuple[str, bytes]]:
+        for client, message in messages.items():
+            update = honest(message, client)
+            yield client, wire.update_to_bytes(replace(update, arrays={**update.arrays, name: value}))
+
+    around: Any = Sends()
+    loaded = registry.Loaded(registry.Plugin("sends", "", "1"), around, registry.Source("sends", "", ""), ())
+    both = Relay([registry.get("fedavg"), loaded], {"fedavg": Config(), "sends": None})
+    ctx, ledger = Context(tmp_path, configs=both.configs), Ledger(tmp_path / "l.jsonl")
+    plan = Plan({f"c{i}": 10 for i in range(4)}, 4, 1, attempts=1)
+    if reason:
+        with pytest.raises(FederationError, match="quorum"):
+            run_rounds(both, START, plan, engine, ctx, ledger)
+        assert all(reason in row["rejected"] for row in ledger.rows())
+    else:
+        final = run_rounds(both, START, plan, engine, ctx, ledger)
+        assert {n: a.tolist() for n, a in final.arrays.items()} == {"w": [2.5] * 3}
+
+
 def test_sampling_is_a_function_of_seed_cohort_and_attempt(tmp_path: Path) -> None:
     plan = Plan({f"c{i}": 1 for i in range(50)}, 10, 1)
     ctx = Context(tmp_path, seed=3)
@@ -132,8 +178,8 @@ def test_sampling_is_a_function_of_seed_cohort_and_attempt(tmp_path: Path) -> No
 
 
 def test_aggregation_that_overflows_is_refused(tmp_path: Path) -> None:
-    huge = {"arrays": {"w": np.full(3, 3e38, np.float32)}}
-    start = replace(START, arrays={"w": np.full(3, 3e38, np.float32)})
+    huge = {"arrays": {"w": np.full(3, 6e4, np.float16)}}
+    start = replace(START, arrays={"w": np.full(3, 6e4, np.float16)})
     plan = Plan({"c0": 10}, 1, 1)
     engine = Engine({"c0": {"kind": "delta", **huge}})
     with pytest.raises(FederationError, match="not finite"), np.errstate(over="ignore"):

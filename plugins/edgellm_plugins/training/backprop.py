@@ -170,6 +170,7 @@ class StepRule:
 
     def __init__(self, leaves: Leaves, kind: str, decay: float = 0.0, eps: float = 1e-8) -> None:
         self.leaves, self.kind, self.decay, self.eps, self.taken = leaves, kind, decay, eps, 0
+        self.rates: list[float] = []
         self.moments = {
             name: (torch.zeros_like(leaf), torch.zeros_like(leaf)) for name, leaf in leaves.items() if kind == "adamw"
         }
@@ -177,6 +178,7 @@ class StepRule:
     @torch.no_grad()
     def step(self, rate: float) -> None:
         self.taken += 1
+        self.rates.append(rate)
         for name, leaf in self.leaves.items():
             gradient = leaf.grad
             if gradient is None:
@@ -269,6 +271,7 @@ def work(
             raise FederationError("the training loss is not finite", client, "lower the learning rate")
         if ctx.drift is not None:
             drift_apart(leaves, start, ctx.drift)
+            ctx.drift.rates = rule.rates
         clip(leaves, settings.clip)
         at, total = (step - first, settings.steps) if fresh else (step, ctx.rounds * settings.steps)
         rule.step(learning_rate(at, total, settings))
