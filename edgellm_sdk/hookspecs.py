@@ -53,9 +53,9 @@ def edgellm_initialise(model: ModelHandle, config: Any, ctx: Context) -> State |
 def edgellm_cohort(
     clients: Sequence[str], count: int, cohort: int, attempt: int, config: Any, ctx: Context
 ) -> Sequence[str] | None:
-    """Who takes part in a round: about `count` of the enrolled `clients`, the same for one cohort and attempt.
+    """Who takes part in a round: about `count` of the enrolled `clients`.
 
-    Optional; the default draws exactly `count` from the run's seed.
+    Optional; the default draws exactly `count` from the run's seed, the same for one `cohort` and `attempt`.
     """
 
 
