@@ -149,13 +149,18 @@ def import_is_light(loaded: registry.Loaded) -> None:
 
 
 def help_is_shown(loaded: registry.Loaded) -> None:
-    """`edgellm VERB --plugin NAME --help` lists every option."""
+    """`edgellm VERB --plugin NAME --help` lists every option; those of what works around a method are in that one's."""
     stage = (*loaded.stages, "")[0]
     selector = "--device" if stage == "deploy" else "--plugin"
-    words = [stage, selector, loaded.plugin.name, "--help"] if stage else ["plugins", "info", loaded.plugin.name]
+    name = loaded.plugin.name
+    words = [stage, selector, name, "--help"] if stage else ["plugins", "info", name]
+    if stage == "around":
+        words = ["finetune", "--plugin", runs.AROUND[0], "--around", name, "--help"]
     done = _python("-m", "edgellm_sdk.cli.main", *words)
     require(done.returncode == 0, f"--help fails: {done.stderr.strip()[:200]}")
-    absent = [o.flag for o in config.options(loaded.plugin.config) if o.flag[2:] not in done.stdout]
+    prefix = f"{name}-" if stage == "around" else ""
+    flags = [f"{prefix}{o.flag[2:]}" for o in config.options(loaded.plugin.config)]
+    absent = [flag for flag in flags if flag not in done.stdout]
     require(not absent, f"--help does not show {', '.join(absent)}")
 
 
