@@ -51,7 +51,8 @@ class Plugin:
     `name` as typed by the user; `config` a frozen dataclass of options; `paper` with its arXiv id; `aliases` other
     names; `api` the hook API it was written for; `requires` import names of optional packages it needs to work.
     `linear(config)`, of a plugin that aggregates, says why the mean of the clients' updates does not serve its rule as
-    the updates do, "" when it does; without it no such thing is taken for granted, and privacy refuses the rule.
+    the updates do, "" when it does; without it no such thing is taken for granted, and privacy refuses the rule. A
+    plugin that makes runs differ by design, as noise for privacy does, `repeats` not.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Plugin:
     api: int = hookspecs.API
     requires: tuple[str, ...] = ()
     linear: Callable[[Any], str] | None = None
+    repeats: bool = True
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from edgellm_sdk.kit.conformance_runs import require
 Check = Callable[[], None]
 
 HEAVY = ("torch", "transformers", "peft", "tokenizers", "llama_cpp", "flwr", "scipy", "pandas")
+REPEATED = ("order_of_arrival_is_nothing", "nan_changes_nothing", "rounds_resume")
 SCRIPT = (
     "import importlib, sys; importlib.import_module(sys.argv[1]); print(*(m for m in sys.argv[2:] if m in sys.modules))"
 )
@@ -66,6 +67,8 @@ def checks(name: str, options: Mapping[str, Any] | None = None) -> list[Check]:
     for hook, functions in stages:
         if not hook or hook in loaded.hooks:
             found += [_named(function.__name__, functools.partial(function, subject)) for function in functions]
+    if not loaded.plugin.repeats:
+        found = [check for check in found if check.__name__ not in REPEATED]
     return found
 
 
