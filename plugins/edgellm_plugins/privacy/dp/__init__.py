@@ -41,6 +41,7 @@ PLUGIN = Plugin(
     config=Config,
     paper="arXiv 1710.06963",
     requires=("dp_accounting",),
+    repeats=False,
 )
 
 
