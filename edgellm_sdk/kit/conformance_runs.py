@@ -19,6 +19,7 @@ from edgellm_sdk.types import Artifact, Assignment, Dataset, ModelHandle, Sessio
 
 CLIENTS = ("a", "b", "c")
 ROUNDS = 4
+AROUND = ("lora", {"optimizer": "sgd", "clip": 0.0, "steps": 2})  # what is tested with a plugin that works around one
 TEXTS = (
     ("win a free prize now, call this number today", "spam"),
     ("are you coming home for dinner tonight, mum asks", "ham"),
