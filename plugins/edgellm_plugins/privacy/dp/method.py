@@ -31,6 +31,7 @@ import numpy as np
 
 from edgellm_plugins.privacy import accountant, rules
 from edgellm_plugins.privacy.budget import Budget
+from edgellm_plugins.privacy.clipping import clipped
 from edgellm_plugins.privacy.dp import PLUGIN, Config
 from edgellm_sdk.context import Context
 from edgellm_sdk.errors import ConfigError, PrivacyError
@@ -46,17 +47,6 @@ NOTE = "differential privacy: noise and charges are this run's own, so it cannot
 
 
 # The mechanism
-
-
-def clipped(vector: Arrays, limit: float) -> dict[str, Array]:
-    """x min(1, C / |x|) over all arrays together, float64. Zeros when x or its norm is not finite; |x| = 0 is legal."""
-    wide = {name: np.asarray(array, np.float64) for name, array in vector.items()}
-    with np.errstate(over="ignore", invalid="ignore"):
-        norm = math.sqrt(sum(float(np.square(array).sum()) for array in wide.values()))
-    if not math.isfinite(norm):
-        return {name: np.zeros_like(array) for name, array in wide.items()}
-    factor = min(1.0, limit / norm) if norm else 1.0
-    return {name: array * factor for name, array in wide.items()}
 
 
 def normal(count: int) -> Array:
@@ -85,7 +75,7 @@ def contribution(update: Update, state: State, ctx: Context) -> dict[str, Array]
         if "/" in name or array.dtype.kind != "f":
             what = f"{name[:60]} leaves the client and is no part of theta"
             raise PrivacyError(what, "dp", "leave out the method that sends it")
-    if update.kind == "weights":
+    if update.kind.startswith("weights"):
         start = averaging.sent(update.client, state, ctx)
         return {name: array.astype(np.float64) - start[name] for name, array in vector.items()}
     return vector
@@ -241,7 +231,7 @@ def released(state: State, updates: Sequence[Update], config: Config, ctx: Conte
     mean = {name: array / budget.terms["per_round"] for name, array in noised(total, deviation).items()}
     mean = {name: np.linalg.solve(factors[name].T, a.T).T if name in factors else a for name, a in mean.items()}
     whose = updates[0].client
-    if updates[0].kind == "weights":
+    if updates[0].kind.startswith("weights"):
         start = averaging.sent(whose, state, ctx)
         mean = {name: array + start[name] for name, array in mean.items()}
     return [neutral(updates[0], whose, mean, len(asked))]
