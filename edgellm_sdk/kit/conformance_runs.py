@@ -173,7 +173,8 @@ def _context(relay: Any) -> Iterator[Context]:
     torch.set_num_threads(1)
     try:
         with tempfile.TemporaryDirectory(dir=_workshop().name) as folder:
-            yield Context(Path(folder), seed=7, threads=1, rounds=ROUNDS, configs=dict(relay.configs))
+            configs = dict(relay.configs)
+            yield Context(Path(folder), seed=7, threads=1, rounds=ROUNDS, configs=configs, model=tiny_model())
     finally:
         torch.set_num_threads(threads)
 
@@ -255,7 +256,8 @@ def _run(
                 run_rounds(relay, start, plan, interrupting(in_process(relay, subject.model, shards, ctx)), ctx, ledger)
             except Interrupted:
                 relay = subject.relay(kind)
-                ctx = Context(ctx.folder, 7, threads=1, rounds=ROUNDS, configs=dict(relay.configs))
+                configs = dict(relay.configs)
+                ctx = Context(ctx.folder, 7, threads=1, rounds=ROUNDS, configs=configs, model=ctx.model)
                 start = resumed(ctx, subject.model.digest) or start
                 ledger.keep_until(start.round)
         final = run_rounds(relay, start, plan, change(in_process(relay, subject.model, shards, ctx)), ctx, ledger)
