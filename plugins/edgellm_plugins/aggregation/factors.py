@@ -44,7 +44,8 @@ class Product:
 
     def norm(self) -> float:
         """Its Frobenius norm, from the triangles of the two QR: nothing is squared that cancels."""
-        return float(np.linalg.norm(np.linalg.qr(self.b, mode="r") @ np.linalg.qr(self.a.T, mode="r").T))
+        low, high = (np.asarray(np.linalg.qr(side, mode="r")) for side in (self.b, self.a.T))
+        return float(np.linalg.norm(low @ high.T))
 
     def svd(self) -> tuple[Float64, Float64, Float64]:
         """U (d_out, k), S (k,) falling, V^T (k, d_in), k = min(R, d_out, d_in). Every row of V^T has its largest entry
