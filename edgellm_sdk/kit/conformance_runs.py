@@ -15,6 +15,7 @@ from typing import Any
 from edgellm_sdk import config, registry, wire
 from edgellm_sdk.context import Context
 from edgellm_sdk.errors import DeviceError, FederationError, Interrupted, ModelError
+from edgellm_sdk.hookspecs import hookimpl
 from edgellm_sdk.types import Artifact, Assignment, Dataset, ModelHandle, Session, State, Update
 
 CLIENTS = ("a", "b", "c")
@@ -33,6 +34,30 @@ def require(true: object, otherwise: str) -> None:
         raise AssertionError(otherwise)
 
 
+class _MadeUp:
+    """A method without a model, for a plain aggregator: theta is a pair of factors and a bias, and what a client sends
+    as `kind` is theta with a change that is drawn, or that change."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
+    @hookimpl
+    def edgellm_initialise(self, model: ModelHandle, ctx: Context) -> State:
+        stream = ctx.stream("made up")
+        factors = {"m.lora_A": stream.normal(8).reshape(2, 4), "m.lora_B": stream.normal(12).reshape(6, 2)}
+        return State(model.digest, 0, {**factors, "b": stream.normal(4)}, {"scale": 2.0})
+
+    @hookimpl
+    def edgellm_finetune(self, data: Dataset, assignment: Assignment, ctx: Context) -> Update:
+        from edgellm_sdk.kit.averaging import theta
+
+        stream, arrays = ctx.stream(f"made up/{assignment.client}", assignment.round), {}
+        for name, array in sorted(theta(assignment.arrays).items()):
+            change = stream.normal(array.size).reshape(array.shape)
+            arrays[name] = array + change if self.kind == "weights" else change
+        return Update(assignment.base, assignment.round, assignment.client, self.kind, arrays, len(data))
+
+
 @dataclass(frozen=True)
 class Subject:
     """The plugin under test with the options it is tested at."""
@@ -40,13 +65,20 @@ class Subject:
     loaded: registry.Loaded
     options: Mapping[str, Any]
 
-    def relay(self) -> Any:
+    def relay(self, kind: str = "delta") -> Any:
+        """The plugin, with one that aggregates if it only trains; with made-up clients that send `kind` if it only
+        aggregates."""
         from edgellm_sdk.relay import Relay
 
         plugins = [self.loaded]
         hooks = set(self.loaded.hooks)
         if "edgellm_finetune" in hooks and "edgellm_aggregate" not in hooks:
             plugins.append(registry.get("fedavg", "aggregate"))
+        if "edgellm_aggregate" in hooks and "edgellm_finetune" not in hooks:
+            made_up: Any = _MadeUp(kind)
+            about = registry.Plugin("made-up", "clients of the conformance suite", "1")
+            trains = ("edgellm_finetune", "edgellm_initialise")
+            plugins.insert(0, registry.Loaded(about, made_up, registry.Source("made-up", __name__, "built-in"), trains))
         configs: dict[str, Any] = {p.plugin.name: config.build(p.plugin.config, {}, p.plugin.name) for p in plugins}
         own: Any = config.build(self.loaded.plugin.config, self.options, self.loaded.plugin.name)
         return Relay(plugins, configs | {self.loaded.plugin.name: own})
@@ -174,34 +206,16 @@ def finetune_keeps_its_inputs(subject: Subject) -> None:
     require(_contents(subject.model.path) == before, "the model's files were changed")
 
 
-def _engine(subject: Subject, relay: Any, ctx: Context, kind: str) -> Any:
-    """The plugin's own clients, or for a plain aggregator three that send made-up changes of `kind`."""
-    from edgellm_sdk.federate.engine import in_process
-
-    if "edgellm_finetune" in subject.loaded.hooks:
-        return in_process(relay, subject.model, _shards(), ctx)
-
-    def exchange(messages: Mapping[str, bytes]) -> Iterator[tuple[str, bytes]]:
-        for client, raw in messages.items():
-            asked = wire.assignment_from_bytes(raw, client)
-            stream = ctx.stream(f"made up/{client}", asked.round)
-            factors = {"m.lora_A": stream.normal(8).reshape(2, 4), "m.lora_B": stream.normal(12).reshape(6, 2)}
-            arrays = {**factors, "b": stream.normal(4)}
-            made = Update(asked.base, asked.round, client, kind, arrays, 3 + len(client))
-            yield client, wire.update_to_bytes(made)
-
-    return exchange
-
-
 def _run(
     subject: Subject, change: Callable[[Any], Any] = lambda engine: engine, kind: str = "delta", stop: int = 0
 ) -> bytes:
     """The state after all rounds, as bytes. `change` wraps the engine; `stop` interrupts that round, then resumes."""
+    from edgellm_sdk.federate.engine import in_process
     from edgellm_sdk.federate.ledger import Ledger
     from edgellm_sdk.federate.rounds import Plan, resumed, run_rounds
 
     plan = Plan({client: len(shard) for client, shard in _shards().items()}, len(CLIENTS), ROUNDS)
-    relay = subject.relay()
+    relay = subject.relay(kind)
 
     def interrupting(engine: Any) -> Any:
         calls = iter(range(1, ROUNDS + 2))
@@ -218,13 +232,15 @@ def _run(
         start = relay.initialise(subject.model, ctx)
         if stop:
             try:
-                run_rounds(relay, start, plan, interrupting(_engine(subject, relay, ctx, kind)), ctx, ledger)
+                run_rounds(
+                    relay, start, plan, interrupting(in_process(relay, subject.model, _shards(), ctx)), ctx, ledger
+                )
             except Interrupted:
-                relay = subject.relay()
+                relay = subject.relay(kind)
                 ctx = Context(ctx.folder, 7, threads=1, rounds=ROUNDS, configs=dict(relay.configs))
                 start = resumed(ctx, subject.model.digest) or start
                 ledger.keep_until(start.round)
-        final = run_rounds(relay, start, plan, change(_engine(subject, relay, ctx, kind)), ctx, ledger)
+        final = run_rounds(relay, start, plan, change(in_process(relay, subject.model, _shards(), ctx)), ctx, ledger)
         return wire.state_to_bytes(final)
 
 
