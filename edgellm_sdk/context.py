@@ -61,8 +61,9 @@ class Context:
     """`folder` is where this step writes, `memory` a budget in bytes, `deadline` a `time.monotonic()` value, `rounds`
     the number planned, `hidden` a folder for hidden states that later runs may take up. A hook is given its own
     plugin's config; a wrapper finds its own under its name in `configs`. On the server `assigned` is what each client
-    of the round was sent, `profiles` what clients say they have, `foretold` what whoever assigned work expects it to
-    cost; on a client `drift` changes the gradients of the turn at hand, and `spent` is what turns did cost.
+    of the round was sent, `starts` what it trains from where that is not what it was sent (`edgellm_assign` sets it),
+    `profiles` what clients say they have, `foretold` what whoever assigned work expects it to cost; on a client `drift`
+    changes the gradients of the turn at hand, and `spent` is what turns did cost.
     """
 
     folder: Path
@@ -78,6 +79,7 @@ class Context:
     curves: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     assigned: Mapping[str, Assignment] = field(default_factory=dict)
+    starts: Mapping[str, Arrays] = field(default_factory=dict)
     drift: Drift | None = None
     model: ModelHandle | None = None
     profiles: Mapping[str, Profile] = field(default_factory=dict)

@@ -21,6 +21,8 @@ else:  # numpy is not imported to name a type
 
 SERVER = "server/"
 """Begins the names of a State's arrays that are sent to no client."""
+FROZEN = "frozen/"
+"""Begins the names of an assignment's arrays that its client uses under the rest of the name, but does not train."""
 FOLDED = ("folded_A", "folded_B")
 """End the names of a LoRA that a module's own LoRA rests on: X.folded_A (R, d_in), X.folded_B (d_out, R), scale 1."""
 

@@ -25,7 +25,10 @@ def theta(arrays: Arrays) -> dict[str, Array]:
 
 
 def sent(client: str, state: State, ctx: Context) -> dict[str, Array]:
-    """theta as `client` was sent it; the state's where no assignment is known, as for files carried by hand."""
+    """theta as `client` trains from it: what it was sent, unless `ctx.starts` knows better; the state's where no
+    assignment is known, as for files carried by hand."""
+    if client in ctx.starts:
+        return dict(ctx.starts[client])
     return theta(ctx.assigned[client].arrays if client in ctx.assigned else state.sent)
 
 

@@ -34,7 +34,7 @@ from edgellm_sdk.errors import ConfigError, DataError, FederationError
 from edgellm_sdk.kit import adapters, averaging
 from edgellm_sdk.kit.frozen import Frozen, Kept
 from edgellm_sdk.kit.objective import Objective, measured, objective, written
-from edgellm_sdk.types import FOLDED, Array, Arrays, Assignment, Dataset, Metric, ModelHandle, State, Update
+from edgellm_sdk.types import FOLDED, FROZEN, Array, Arrays, Assignment, Dataset, Metric, ModelHandle, State, Update
 
 FORWARDS = 3  # one forward and one backward, in forwards
 Leaves: TypeAlias = dict[str, Tensor]
@@ -138,16 +138,16 @@ def _scored(frozen: Frozen, kept: Kept, hidden: Tensor) -> Tensor:
 
 
 def folded(arrays: Arrays) -> dict[str, Tensor]:
-    """What the LoRAs of an assignment rest on, for `Trainables.set`."""
+    """What an assignment's theta rests on, for `Trainables.set`: frozen arrays and folded LoRAs."""
     return {
-        name: torch.from_numpy(np.array(array, np.float32))[None]
+        name.removeprefix(FROZEN): torch.from_numpy(np.array(array, np.float32))[None]
         for name, array in arrays.items()
-        if name.endswith(FOLDED)
+        if name.startswith(FROZEN) or name.endswith(FOLDED)
     }
 
 
 def exact_slope(frozen: Frozen, chunk: int, beneath: Mapping[str, Tensor] | None = None) -> Slope:
-    """The `Slope` of back-propagation; `beneath` are folded LoRAs."""
+    """The `Slope` of back-propagation; `beneath` is what `folded` gives."""
 
     def slope(step: int, name: str, make: Callable[[], Dataset], leaves: Leaves) -> float:
         for leaf in leaves.values():  # before any activation: gradients made between them would pin the heap
@@ -269,8 +269,11 @@ def work(
 
 
 def initialise(model: ModelHandle, found: Objective) -> State:
-    """theta_0."""
-    return State(model.digest, 0, dict(found.initial), {"forwards": 0, "steps": 0})
+    """theta_0. Of LoRAs the scalars tell the `scale`, alpha / r."""
+    told: dict[str, Any] = {"forwards": 0, "steps": 0}
+    if isinstance(found, Frozen):
+        told["scale"] = found.trainables.spec.scale
+    return State(model.digest, 0, dict(found.initial), told)
 
 
 def screen(
