@@ -212,7 +212,7 @@ def write_arrays(folder: Path, spec: Spec, arrays: Arrays, base: Mapping[str, st
     """As `write`, from all tensors of the adapter, frozen ones too, under the names that `install` gives them. A LoRA
     and what it rests on become one of the sum of their ranks; smaller ranks are filled up with zeros."""
     folder.mkdir(parents=True, exist_ok=True)
-    spec, arrays = _whole(spec, arrays)
+    spec, arrays = joined(spec, arrays)
     if spec.kind in ("lora", "lora-fa"):
         store.write_json(folder / "adapter_config.json", _peft_config(spec, arrays, base["path"]))
         arrays = {f"base_model.model.{name}.weight": array for name, array in arrays.items()}
@@ -221,21 +221,22 @@ def write_arrays(folder: Path, spec: Spec, arrays: Arrays, base: Mapping[str, st
     store.write_json(folder / "base.json", dict(base))
 
 
-def _whole(spec: Spec, arrays: Arrays) -> tuple[Spec, Arrays]:
+def joined(spec: Spec, arrays: Arrays) -> tuple[Spec, Arrays]:
     """Folded LoRAs joined to those that rest on them, all of one rank, at the scale of `spec`."""
     modules = sorted({name.rpartition(".lora_")[0] for name in arrays if ".lora_" in name})
-    joined = {}
+    pairs = {}
     for module in modules:
         a, b = ([arrays[f"{module}.{side}"]] for side in ("lora_A", "lora_B"))
         if f"{module}.{FOLDED[0]}" in arrays:
             a.append(arrays[f"{module}.{FOLDED[0]}"])
             b.append(arrays[f"{module}.{FOLDED[1]}"] / np.float32(spec.scale))
-        joined[module] = np.concatenate(a), np.concatenate(b, axis=1)
-    rank = max((len(a) for a, _ in joined.values()), default=spec.rank)
-    if rank == spec.rank and not any(name.endswith(FOLDED) for name in arrays):
+        pairs[module] = np.concatenate(a), np.concatenate(b, axis=1)
+    ranks = {len(a) for a, _ in pairs.values()} or {spec.rank}
+    if ranks == {spec.rank} and not any(name.endswith(FOLDED) for name in arrays):
         return spec, arrays
-    found = {name: array for name, array in arrays.items() if name.rpartition(".")[0] not in joined}
-    for module, (low, high) in joined.items():
+    rank = max(ranks)
+    found = {name: array for name, array in arrays.items() if name.rpartition(".")[0] not in pairs}
+    for module, (low, high) in pairs.items():
         found[f"{module}.lora_A"] = np.pad(low, ((0, rank - len(low)), (0, 0)))
         found[f"{module}.lora_B"] = np.pad(high, ((0, 0), (0, rank - high.shape[1])))
     return replace(spec, rank=rank, alpha=spec.scale * rank), found
