@@ -75,16 +75,16 @@ def part(arrays: Arrays, prefix: str) -> dict[str, Array]:
     return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
 
 
-def sent(state: State, client: str) -> dict[str, Array]:
+def sent(state: State, client: str, ctx: Context) -> dict[str, Array]:
     """What `client` lacks of what is folded: the last round's step if it took part in it, else all."""
-    if state.round and turns.last(state, client) == state.round:
+    if state.round and turns.last(state, client, ctx) == state.round:
         return {STEP + name: array for name, array in part(state.arrays, SERVER + STEP).items()}
     return folded(state.arrays)
 
 
-def since(state: State, client: str) -> int:
+def since(state: State, client: str, ctx: Context) -> int:
     """The round whose folded LoRA the client is to add the step to; 0 when it is sent all."""
-    return state.round if turns.last(state, client) == state.round else 0
+    return state.round if turns.last(state, client, ctx) == state.round else 0
 
 
 def prepare(assignment: Assignment, ctx: Context) -> Assignment:

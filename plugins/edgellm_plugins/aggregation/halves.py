@@ -44,7 +44,7 @@ def assign(state: State, clients: Sequence[str], schedule: Schedule, ctx: Contex
     fresh = {which: changed(which, number, schedule) for which in (A, B)}
     found = {}
     for client in clients:
-        since, arrays = turns.last(state, client), {}
+        since, arrays = turns.last(state, client, ctx), {}
         for name, array in theta.items():
             which = side(name, pairs)
             if not which or not since or fresh[which] >= since:

@@ -1,7 +1,8 @@
 """Who holds what from an earlier turn, so that it need not be sent again.
 
 The server keeps, in the scalar `turns`, the round in which each client last took part and was heard. A client remembers
-on its own disk what it held at the start of a turn. Whoever was asked and not heard is taken to hold nothing.
+on its own disk what it held at the start of a turn. Whoever was asked and not heard is taken to hold nothing; so is
+everybody when a round is done again.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ from edgellm_sdk.types import Arrays, Assignment, State, Update
 TURNS = "turns"
 
 
-def last(state: State, client: str) -> int:
-    """The round since which `client` holds what it was sent; 0 if it holds nothing."""
+def last(state: State, client: str, ctx: Context) -> int:
+    """The round since which `client` holds what it was sent; 0 if it holds nothing, or if this round is done again."""
+    if any(assignment.round == state.round + 1 for assignment in ctx.assigned.values()):
+        return 0
     return int(state.scalars.get(TURNS, {}).get(client, 0))
 
 

@@ -37,7 +37,7 @@ PLUGIN = Plugin(
 def edgellm_assign(state: State, clients: Sequence[str], ctx: Context) -> Mapping[str, Assignment]:
     from edgellm_plugins.aggregation.fedex_lora.method import assign
 
-    return assign(state, clients)
+    return assign(state, clients, ctx)
 
 
 @hookimpl

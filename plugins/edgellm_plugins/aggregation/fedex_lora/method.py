@@ -23,12 +23,12 @@ from edgellm_sdk.kit import averaging
 from edgellm_sdk.types import Assignment, State, Update
 
 
-def assign(state: State, clients: Sequence[str]) -> dict[str, Assignment]:
+def assign(state: State, clients: Sequence[str], ctx: Context) -> dict[str, Assignment]:
     """theta, and what of the folded residuals the client lacks."""
     theta = averaging.theta(state.sent)
     return {
         client: turns.assignment(
-            state, client, {**theta, **folding.sent(state, client)}, {"since": folding.since(state, client)}
+            state, client, {**theta, **folding.sent(state, client, ctx)}, {"since": folding.since(state, client, ctx)}
         )
         for client in clients
     }

@@ -47,7 +47,7 @@ def assign(state: State, clients: Sequence[str], ctx: Context) -> dict[str, Assi
     begun = {OWN + name: theta[name] for name in names if np.any(theta[name])}
     return {
         client: turns.assignment(
-            state, client, shared if turns.last(state, client) else {**shared, **begun}, {"own": shapes}
+            state, client, shared if turns.last(state, client, ctx) else {**shared, **begun}, {"own": shapes}
         )
         for client in clients
     }

@@ -34,17 +34,13 @@ def aggregate(state: State, updates: Sequence[Update], config: Config, ctx: Cont
     means = averaging.mean([factors.others(one) for one in several], weights)
     arrays: dict[str, Array] = dict(state.arrays)
     arrays |= {name: mean.astype(rows[0].arrays[name].dtype) for name, mean in means.items()}
-    used = {}
     for module, exact in factors.mean(products, weights).items():
         old = state.arrays.get(f"{module}.{A}")
         widest = max(one[module].rank for one in products)
         rank = len(old) if old is not None else config.rank or widest
-        used[module] = filled(factors.best(exact, rank), rank, old)
-        arrays[f"{module}.{A}"] = used[module].a.astype(np.float32)
-        arrays[f"{module}.{B}"] = used[module].b.astype(np.float32)
-    factors.draw_errors(
-        ctx, state.round + 1, products, weights, factors.factors(averaging.theta(arrays)) if used else None
-    )
+        cut = filled(factors.best(exact, rank), rank, old)
+        arrays[f"{module}.{A}"], arrays[f"{module}.{B}"] = cut.a.astype(np.float32), cut.b.astype(np.float32)
+    factors.draw_errors(ctx, state.round + 1, products, weights, factors.factors(averaging.theta(arrays)))
     return averaging.advanced(state, updates, arrays, ctx)
 
 

@@ -53,8 +53,8 @@ def assign(
     found = {}
     for client in clients:
         own = factors.others(theta) if START in state.scalars else ctx.starts[client]
-        told = {"rank": ranks[client], "since": folding.since(state, client)}
-        found[client] = turns.assignment(state, client, {**own, **folding.sent(state, client)}, told)
+        told = {"rank": ranks[client], "since": folding.since(state, client, ctx)}
+        found[client] = turns.assignment(state, client, {**own, **folding.sent(state, client, ctx)}, told)
     return found
 
 

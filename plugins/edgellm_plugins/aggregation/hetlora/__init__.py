@@ -1,4 +1,4 @@
-"""HetLoRA's aggregation: factors of unlike ranks filled up with zeros, weighed by the norm of B A (arXiv 2401.06432)."""
+"""HetLoRA's aggregation: factors filled up with zeros to one rank, weighed by the norm of B A (arXiv 2401.06432)."""
 
 from __future__ import annotations
 

@@ -3,7 +3,8 @@
     A <- sum_k p_k [A_k; 0],   B <- sum_k p_k [B_k, 0],   p_k ~ ||B_k A_k||_F,
 
 and client k is sent the first r_k rows of A and columns of B. It is no mean of products, and what only clients of large
-ranks train is thinned by the zeros of the others: a baseline.
+ranks train is thinned by the zeros of the others: a baseline. Rows that nobody trains in a round become zero in both
+factors and stay so.
 
 Where we differ from the paper (and why):
 - Clients do not prune their ranks: that needs a term in their loss and a rank that is theirs to change.
