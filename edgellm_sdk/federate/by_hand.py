@@ -111,18 +111,18 @@ def combine(relay: Relay, paths: Sequence[Path], output: Path, ctx: Context) -> 
     if not usable:
         first = next(iter(reasons.items()))
         raise FederationError("no file could be used", f"{first[0]}: {first[1]}")
-    combined = relay.aggregate(state, usable, ctx)
+    combined = relay.aggregate(state, usable, ctx).sent
     target = output / "model"
     target.mkdir(parents=True, exist_ok=True)
     first_folder = paths[0] / "model" if (paths[0] / "model").is_dir() else paths[0]
     if first_folder.is_dir() and _is_lora(first_folder):
-        _write_lora(target, first_folder, combined.arrays)
+        _write_lora(target, first_folder, combined)
     elif first_folder.is_dir():
         for extra in (CONFIG, "edgellm_adapter.json", "base.json"):
             if (first_folder / extra).is_file():
                 shutil.copyfile(first_folder / extra, target / extra)
-        store.save_arrays(target / WEIGHTS, combined.arrays, {})
+        store.save_arrays(target / WEIGHTS, combined, {})
     else:
-        _write_file(target, combined.arrays)
+        _write_file(target, combined)
     store.publish(output, [f"model/{p.name}" for p in target.iterdir()], {"model": "model", "verb": "aggregate"})
     return reasons
