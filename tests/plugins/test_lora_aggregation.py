@@ -472,3 +472,58 @@ def test_another_rank_than_asked_for_is_left_out(tmp_path: Path) -> None:
     for rule in ("flora", "flexlora", "hetlora"):
         run = federate(tmp_path / rule, rule, Sly(), rounds=1, per_round=5)
         assert [row["client"] for row in run.ledger.rows() if row["rejected"]] == ["b"]
+
+
+# Unlike ranks at equal bytes
+
+
+class Pulled(Toy):
+    """Clients whose loss is the squared distance of their matrices to targets of rank 12, each a little off the common
+    one; five steps of gradient descent a round."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__(rank=rank)
+        rng = np.random.default_rng(7)
+        self.goal = {
+            head: 4 * rng.normal(size=(m, 12)) @ rng.normal(size=(12, n)) / np.sqrt(12 * n)
+            for head, (m, n) in SHAPES.items()
+        }
+
+    def loss(self, state: State) -> float:
+        """Of the server's matrices, against the common target."""
+        found = dense(state.sent)
+        return sum(float(np.square(found[head] - goal).sum()) for head, goal in self.goal.items())
+
+    @hookimpl
+    def edgellm_finetune(self, data: Dataset, assignment: Assignment) -> Update:
+        start = {n: a.astype(np.float64) for n, a in averaging.theta(assignment.arrays).items() if n != "norm"}
+        theta, folds = dict(start), folding.products_of(folding.folded(assignment.arrays))
+        off = np.random.default_rng(ord(assignment.client))
+        for head, goal in self.goal.items():
+            own = goal + 0.3 * off.normal(size=goal.shape) / np.sqrt(goal.shape[1])
+            own -= folds[head].dense() if head in folds else 0
+            a, b = theta[f"{head}.lora_A"], theta[f"{head}.lora_B"]
+            for _ in range(5):
+                error = SCALE * b @ a - own
+                a, b = a - 8e-3 * SCALE * b.T @ error, b - 8e-3 * SCALE * error @ a.T
+            theta |= {f"{head}.lora_A": a, f"{head}.lora_B": b}
+        change = {name: (theta[name] - start[name]).astype(np.float32) for name in start}
+        change["norm"] = np.zeros(4, np.float32)
+        return Update(assignment.base, assignment.round, assignment.client, "delta", change, len(data))
+
+
+def test_unlike_ranks_at_equal_bytes(tmp_path: Path) -> None:
+    """Ranks 2, 4, 8, 16, half a megabyte both ways in all, one step size: FlexLoRA and the stack are below factors of
+    the smallest rank and below zero-padding."""
+    losses, clients = {}, dict.fromkeys("abcd", 5)
+    for rule, rank, rounds in (("flexlora", 16, 26), ("flora", 16, 11), ("hetlora", 16, 26), ("fedavg", 2, 97)):
+        toy = Pulled(rank)
+        run = federate(
+            tmp_path / rule, rule, toy, rounds, 4, clients, {} if rule == "fedavg" else {"ranks": "2,4,8,16"}
+        )
+        spent = np.zeros(rounds)
+        for row in run.ledger.rows():
+            spent[row["round"] - 1] += row["up_payload"] + row["down_payload"]
+        assert spent.sum() >= 5e5
+        losses[rule] = toy.loss(run.states[int((spent.cumsum() <= 5e5).sum())])
+    assert losses["flexlora"] < losses["flora"] < losses["hetlora"] < losses["fedavg"]
