@@ -191,6 +191,7 @@ def _contents(folder: Path) -> dict[str, bytes]:
 def _first_updates(subject: Subject) -> tuple[State, list[Assignment], list[Update]]:
     relay = subject.relay()
     with _context(relay) as ctx:
+        ctx.model = subject.model
         start = relay.initialise(subject.model, ctx)
         shards = shards_of()
         assigned = relay.assign(start, CLIENTS, {c: len(s) for c, s in shards.items()}, ctx)
@@ -214,6 +215,7 @@ def finetune_keeps_its_inputs(subject: Subject) -> None:
     before = _contents(subject.model.path)
     relay = subject.relay()
     with _context(relay) as ctx:
+        ctx.model = subject.model
         start = relay.initialise(subject.model, ctx)
         shard = shards_of()["a"]
         given = relay.assign(start, ["a"], {"a": len(shard)}, ctx)["a"]
@@ -250,14 +252,14 @@ def _run(
 
     with _context(relay) as ctx:
         ledger = Ledger(ctx.folder / "ledger.jsonl")
+        ctx.model = subject.model
         start = relay.initialise(subject.model, ctx)
         if stop:
             try:
                 run_rounds(relay, start, plan, interrupting(in_process(relay, subject.model, shards, ctx)), ctx, ledger)
             except Interrupted:
                 relay = subject.relay(kind)
-                configs = dict(relay.configs)
-                ctx = Context(ctx.folder, 7, threads=1, rounds=ROUNDS, configs=configs, model=ctx.model)
+                ctx = Context(ctx.folder, 7, threads=1, rounds=ROUNDS, configs=dict(relay.configs), model=subject.model)
                 start = resumed(ctx, subject.model.digest) or start
                 ledger.keep_until(start.round)
         final = run_rounds(relay, start, plan, change(in_process(relay, subject.model, shards, ctx)), ctx, ledger)
