@@ -38,6 +38,8 @@ class Finetune:
     memory: int = opt(0, "budget for what a method may keep in memory; 0 sets none", unit="MB", ge=0)
     hidden: str = opt("", "folder that keeps frozen layers' hidden states for later runs; they tell of the texts")
     watch: int = opt(10, "measure on held-out data every so many rounds; 0 never", unit="rounds", ge=0)
+    engine: str = opt("process", "process, or simulation: Flower's, on all cores", choices=("process", "simulation"))
+    keep_wire: bool = opt(False, "keep every update as it was sent, for edgellm audit wire")
 
 
 @dataclass(frozen=True)

@@ -14,20 +14,24 @@ from flwr.supercore.utils import get_metadata_bytes
 
 from edgellm_sdk.federate.flower.parts import PART
 
-Watch = Callable[[int, str], None]
-
 
 class Gate(grpc.ServerInterceptor):
     """Stands behind Flower's node authentication, which has checked the signature and the node id of a call.
 
-    `known` gives the node id of a public key; `seen(node, peer)` is told of every call; `limit` is that of a message
+    `known` gives the node id of a public key; `seen(node, peer)` is told of every call, `arrives(node)` of those that
+    begin a session; `limit` is that of a message
     in bytes, kept by the number of its parts, as a call holds one; `mine(node, object)` says whether an object belongs to a message for that node.
     """
 
     def __init__(
-        self, known: Callable[[bytes], int | None], seen: Watch, mine: Callable[[int, str], bool], limit: int
+        self,
+        known: Callable[[bytes], int | None],
+        seen: Callable[[int, str], None],
+        arrives: Callable[[int], None],
+        mine: Callable[[int, str], bool],
+        limit: int,
     ) -> None:
-        self.known, self.seen, self.mine, self.limit = known, seen, mine, limit
+        self.known, self.seen, self.arrives, self.mine, self.limit = known, seen, arrives, mine, limit
 
     def intercept_service(self, continuation: Callable[[Any], Any], details: Any) -> Any:
         handler = continuation(details)
@@ -44,6 +48,8 @@ class Gate(grpc.ServerInterceptor):
                 if problem:
                     context.abort(grpc.StatusCode.PERMISSION_DENIED, problem)
                 self.seen(node, context.peer())
+                if isinstance(request, ActivateNodeRequest):
+                    self.arrives(node)
             response = handler.unary_unary(request, context)
             if node is None and (found := self.known(key)) is not None:
                 self.seen(found, context.peer())

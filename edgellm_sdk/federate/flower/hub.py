@@ -9,11 +9,12 @@ from __future__ import annotations
 import concurrent.futures
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import grpc
-from flwr.app import DEFAULT_TTL, Message, MessageType, Metadata
+from flwr.app import DEFAULT_TTL, Message, MessageType, Metadata, RecordDict
 from flwr.app.message import make_message, remove_content_from_message
 from flwr.common.constant import NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, SUPERLINK_NODE_ID
 from flwr.proto.fleet_pb2_grpc import add_FleetServicer_to_server
@@ -40,6 +41,38 @@ from edgellm_sdk.federate.flower.parts import CALL, from_records, to_records
 
 WORKERS = 32
 TASK_SECONDS = 10.0
+SILENCE = 30.0  # three of a client's heartbeats
+
+
+def begin_run(state: Any, stop: threading.Event) -> int:
+    """A running run in a link state, kept alive until `stop` is set; returns its id."""
+    run: int = state.create_run("", "", "", {}, NOOP_FEDERATION_ID, None, NOOP_FLWR_AID, TaskType.SERVER_APP)
+    task = state.get_run_info(run_ids=[run])[0].primary_task_id
+    state.claim_task(task)
+    state.activate_task(task)
+
+    def alive() -> None:
+        while not stop.wait(TASK_SECONDS):
+            state.acknowledge_task_heartbeat(task)
+
+    threading.Thread(target=alive, name="federation-run", daemon=True).start()
+    return run
+
+
+def addressed(run: int, node: int, records: RecordDict, round: int) -> Message:
+    """A message of the server to a node."""
+    about = Metadata(
+        run_id=run,
+        message_id="",
+        src_node_id=SUPERLINK_NODE_ID,
+        dst_node_id=node,
+        reply_to_message_id="",
+        group_id=str(round),
+        created_at=time.time(),
+        ttl=DEFAULT_TTL,
+        message_type=MessageType.TRAIN,
+    )
+    return make_message(metadata=about, content=records)
 
 
 @dataclass(frozen=True)
@@ -63,13 +96,15 @@ class Hub:
         self.store = stores.store()
         self.names: dict[int, str] = {}
         self.last_seen: dict[int, float] = {}
+        self.fresh: set[int] = set()
         self._objects: dict[int, set[str]] = {}
         self._sent: dict[str, tuple[int, set[str]]] = {}
         for name, key in sorted(admitted.items()):
             self.names[self.state.create_node(NOOP_FLWR_AID, NOOP_ACCOUNT_NAME, key, 0)] = name
-        self._start_run()
+        self._stop = threading.Event()
+        self.run = begin_run(self.state, self._stop)
         self.front = Front(host, port, identity is not None, most)
-        gate = Gate(self.state.get_node_id_by_public_key, self._seen, self._mine, limit)
+        gate = Gate(self.state.get_node_id_by_public_key, self._seen, self._arrives, self._mine, limit)
         self.server = grpc.server(
             concurrent.futures.ThreadPoolExecutor(WORKERS),
             interceptors=(RpcErrorTranslationServerInterceptor(), NodeAuthServerInterceptor(factory), gate),
@@ -89,51 +124,34 @@ class Hub:
             credentials = grpc.ssl_server_credentials([pair], identity.ca, require_client_auth=True)
             inner = self.server.add_secure_port("127.0.0.1:0", credentials)
         self.server.start()
-        self._stop = threading.Event()
         self.port = self.front.open(inner)
-
-    def _start_run(self) -> None:
-        state = self.state
-        self.run = state.create_run("", "", "", {}, NOOP_FEDERATION_ID, None, NOOP_FLWR_AID, TaskType.SERVER_APP)
-        task = state.get_run_info(run_ids=[self.run])[0].primary_task_id
-        state.claim_task(task)
-        state.activate_task(task)
-        self._stop = threading.Event()
-
-        def alive() -> None:
-            while not self._stop.wait(TASK_SECONDS):
-                state.acknowledge_task_heartbeat(task)
-
-        threading.Thread(target=alive, name="federation-run", daemon=True).start()
 
     def _seen(self, node: int, peer: str) -> None:
         self.last_seen[node] = time.monotonic()
         self.front.claim(peer, str(node))
 
+    def _arrives(self, node: int) -> None:
+        """A node activates: what it was before, it is a new session of it that has seen nothing yet."""
+        self.state.deactivate_node(node)
+        self.fresh.add(node)
+
     def _mine(self, node: int, thing: str) -> bool:
         return thing in self._objects.get(node, ())
 
-    def online(self) -> list[int]:
-        """Nodes that have activated and whose heartbeats arrive."""
-        return sorted(self.state.get_nodes(self.run))
+    def arrived(self) -> list[int]:
+        """Nodes that have activated since the last call."""
+        nodes = sorted(self.fresh)
+        self.fresh.difference_update(nodes)
+        return nodes
 
-    def connected(self, node: int) -> bool:
-        return self.front.connected(str(node))
+    def present(self, node: int) -> bool:
+        """Whether the node has a connection and was heard of within two heartbeats."""
+        heard = time.monotonic() - self.last_seen.get(node, -SILENCE)
+        return heard < SILENCE and self.front.connected(str(node))
 
     def send(self, node: int, kind: str, body: bytes, round: int = 0) -> str | None:
         """Leave a message for a node to fetch; its id, or None when the node has never been here."""
-        about = Metadata(
-            run_id=self.run,
-            message_id="",
-            src_node_id=SUPERLINK_NODE_ID,
-            dst_node_id=node,
-            reply_to_message_id="",
-            group_id=str(round),
-            created_at=time.time(),
-            ttl=DEFAULT_TTL,
-            message_type=MessageType.TRAIN,
-        )
-        message = make_message(metadata=about, content=to_records(kind, body))
+        message = addressed(self.run, node, to_records(kind, body), round)
         with no_object_id_recompute():
             where = message.metadata.__dict__["_message_id"] = message.object_id
             nested = get_all_nested_objects(message)
@@ -148,10 +166,10 @@ class Hub:
         self._sent[where] = (node, set(nested))
         return where
 
-    def replies(self, waiting: Mapping[str, int]) -> dict[str, Reply]:
-        """The answers that are here in full, by the id of the message they answer."""
+    def replies(self, waiting: Iterable[str]) -> dict[str, Reply]:
+        """The answers that are here in full, by the id of the message they answer; both are then forgotten."""
         found: dict[str, Reply] = {}
-        for message_id in waiting:
+        for message_id in list(waiting):
             reply = self._reply(message_id)
             if reply is not None:
                 found[message_id] = reply
