@@ -1,7 +1,7 @@
 """What left a client, on the client's own disk: one line for each message, and the bytes that were sent.
 
-    wire/sent.jsonl     {"time", "round", "kind", "client", "bytes", "sha256", "file"}
-    wire/NNNNNN.bin     the message itself, until `keep` bytes are exceeded; then the oldest go, their lines stay
+wire/sent.jsonl     {"time", "round", "kind", "client", "bytes", "sha256", "file"}
+wire/NNNNNN.bin     the message itself, until `keep` bytes are exceeded; then the oldest go, their lines stay
 """
 
 from __future__ import annotations
@@ -23,12 +23,16 @@ FOLDER, LIST = "wire", "sent.jsonl"
 
 
 class Sent:
-    """Append-only; a line is on the disk before its message leaves. `keep` is in bytes."""
+    """Append-only; a line is on the disk before its message leaves. `keep` is in bytes.
+
+    `count` and `total` (bytes) are those of this process.
+    """
 
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder, self.keep = folder / FOLDER, keep
         self._files = sorted(self.folder.glob("*.bin"))
         self._held = sum(path.stat().st_size for path in self._files)
+        self.count = self.total = 0
         self._next = 1 + max((int(path.stem) for path in self._files), default=len(rows(folder)))
 
     def add(self, kind: str, client: str, round: int, raw: bytes) -> None:
@@ -47,6 +51,8 @@ class Sent:
         write_bytes(path, raw)
         self._files.append(path)
         self._held += len(raw)
+        self.count += 1
+        self.total += len(raw)
         while self._held > self.keep and len(self._files) > 1:
             oldest = self._files.pop(0)
             self._held -= oldest.stat().st_size

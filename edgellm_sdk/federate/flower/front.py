@@ -153,9 +153,7 @@ class Front:
         hello = head + await asyncio.wait_for(reader.readexactly(length), HELLO_SECONDS)
         return hello if offers_tls13(hello) else None
 
-    async def _pump(
-        self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, one: Connection, way: str
-    ) -> None:
+    async def _pump(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, one: Connection, way: str) -> None:
         with contextlib.suppress(OSError):
             while block := await source.read(BLOCK):
                 setattr(one, way, getattr(one, way) + len(block))

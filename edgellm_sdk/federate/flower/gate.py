@@ -19,8 +19,8 @@ class Gate(grpc.ServerInterceptor):
     """Stands behind Flower's node authentication, which has checked the signature and the node id of a call.
 
     `known` gives the node id of a public key; `seen(node, peer)` is told of every call, `arrives(node)` of those that
-    begin a session; `limit` is that of a message
-    in bytes, kept by the number of its parts, as a call holds one; `mine(node, object)` says whether an object belongs to a message for that node.
+    begin a session; `limit` is that of a message in bytes, kept by the number of its parts, as a call holds one;
+    `mine(node, object)` says whether an object belongs to a message for that node.
     """
 
     def __init__(

@@ -171,9 +171,7 @@ def _pem(key: Key) -> bytes:
 
 
 def public_pem(key: Key) -> bytes:
-    return key.public_key().public_bytes(
-        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
-    )
+    return key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
 
 
 def _write(path: Path, data: bytes, mode: int) -> None:

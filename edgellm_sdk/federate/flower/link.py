@@ -60,16 +60,16 @@ def split_address(address: str) -> tuple[str, int]:
     return host, int(port)
 
 
-def check_door(address: str, identity: Identity, files: tuple[str, str, str]) -> None:
-    """One TLS handshake that tells apart what gRPC calls `unavailable`. OSError when nobody listens.
+def check_door(address: str, ca: str, cert: str, key: str) -> None:
+    """One TLS handshake, with PEM files, that tells apart what gRPC calls `unavailable`. OSError when nobody listens.
 
     With TLS 1.3 a server refuses a certificate only after the handshake, so the first answer is read as well.
     """
     host, port = split_address(address)
-    context = ssl.create_default_context(cafile=files[0])
+    context = ssl.create_default_context(cafile=ca)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.set_alpn_protocols(["h2"])
-    context.load_cert_chain(files[1], files[2])
+    context.load_cert_chain(cert, key)
     with socket.create_connection((host, port), 10) as plain:
         try:
             with context.wrap_socket(plain, server_hostname=host) as door:
@@ -90,7 +90,7 @@ def check_door(address: str, identity: Identity, files: tuple[str, str, str]) ->
 
 
 class Link:
-    """A node's calls. `patience` is how long a server may be away; `pulse` is called while waiting."""
+    """A node's calls. `patience` is how long a server may be away;"""
 
     def __init__(self, address: str, identity: Identity | None, patience: float) -> None:
         self.address, self.patience = address, patience

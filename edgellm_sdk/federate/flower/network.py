@@ -12,7 +12,7 @@ from typing import Any
 
 from edgellm_sdk import store, wire
 from edgellm_sdk.context import Context
-from edgellm_sdk.errors import ConfigError, EdgeLLMError, FederationError
+from edgellm_sdk.errors import ConfigError, EdgeLLMError
 from edgellm_sdk.federate.engine import Crowd
 from edgellm_sdk.federate.flower import keys
 from edgellm_sdk.federate.flower.enrol import FINISHED, PAUSE, STOPPED, UPDATE, WORK, Roster
@@ -153,9 +153,7 @@ def over(roster: Roster, terms: Terms) -> Engine:
 def traffic(roster: Roster) -> list[dict[str, Any]]:
     """For the report: bytes on the socket by client, TLS and framing included."""
     sums = roster.hub.front.traffic()
-    rows = [
-        [client, *sums.get(str(member.node), (0, 0))] for client, member in sorted(roster.members.items())
-    ]
+    rows = [[client, *sums.get(str(member.node), (0, 0))] for client, member in sorted(roster.members.items())]
     other = sums.get("", (0, 0))
     rows.append([f"others ({roster.hub.front.refused} refused)", *other])
     return [{"title": "On the socket, in bytes", "columns": ["client", "up", "down"], "rows": rows}]
