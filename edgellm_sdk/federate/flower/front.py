@@ -63,6 +63,8 @@ class Front:
         self.host, self.port, self.tls, self.limit = host, port, tls, limit
         self.refused = 0
         self._inner = 0
+        self._server: asyncio.Server | None = None
+        self._sweeper: asyncio.Future[None] | None = None
         self._open: dict[int, Connection] = {}
         self._past: dict[str, list[int]] = {}
         self._lock = threading.Lock()
@@ -82,9 +84,9 @@ class Front:
         return self.port
 
     async def _listen(self) -> int:
-        server = await asyncio.start_server(self._serve, self.host, self.port, limit=BLOCK)
+        self._server = await asyncio.start_server(self._serve, self.host, self.port, limit=BLOCK)
         self._sweeper = asyncio.ensure_future(self._sweep())
-        port: int = server.sockets[0].getsockname()[1]
+        port: int = self._server.sockets[0].getsockname()[1]
         return port
 
     async def _sweep(self) -> None:
@@ -182,5 +184,19 @@ class Front:
         return {client: (up, down) for client, (up, down) in sums.items()}
 
     def close(self) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(5)
+        if self._thread.is_alive():
+            asyncio.run_coroutine_threadsafe(self._end(), self._loop).result(5)
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join(5)
+        self._loop.close()
+
+    async def _end(self) -> None:
+        """Stop listening, drop every connection, let their tasks run out."""
+        if self._server is not None:
+            self._server.close()
+        for one in list(self._open.values()):
+            one.writer.transport.abort()
+        tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

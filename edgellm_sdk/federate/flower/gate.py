@@ -7,7 +7,7 @@ from typing import Any
 
 import grpc
 from flwr.common.constant import PUBLIC_KEY_HEADER
-from flwr.proto.fleet_pb2 import ActivateNodeRequest, PushMessagesRequest, RegisterNodeFleetRequest
+from flwr.proto.fleet_pb2 import ActivateNodeRequest, PullMessagesRequest, PushMessagesRequest, RegisterNodeFleetRequest
 from flwr.proto.message_pb2 import PullObjectRequest
 from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
 from flwr.supercore.utils import get_metadata_bytes
@@ -19,8 +19,9 @@ class Gate(grpc.ServerInterceptor):
     """Stands behind Flower's node authentication, which has checked the signature and the node id of a call.
 
     `known` gives the node id of a public key; `seen(node, peer)` is told of every call, `arrives(node)` of those that
-    begin a session; `limit` is that of a message in bytes, kept by the number of its parts, as a call holds one;
-    `mine(node, object)` says whether an object belongs to a message for that node.
+    begin a session; `hold(node)` may keep a call for messages waiting; `mine(node, object)` says whether an object
+    belongs to a message for that node. `limit` is that of a message in bytes, kept by the number of its parts: a call
+    holds one.
     """
 
     def __init__(
@@ -28,10 +29,12 @@ class Gate(grpc.ServerInterceptor):
         known: Callable[[bytes], int | None],
         seen: Callable[[int, str], None],
         arrives: Callable[[int], None],
+        hold: Callable[[int], None],
         mine: Callable[[int, str], bool],
         limit: int,
     ) -> None:
-        self.known, self.seen, self.arrives, self.mine, self.limit = known, seen, arrives, mine, limit
+        self.known, self.seen, self.arrives, self.hold = known, seen, arrives, hold
+        self.mine, self.limit = mine, limit
 
     def intercept_service(self, continuation: Callable[[Any], Any], details: Any) -> Any:
         handler = continuation(details)
@@ -50,6 +53,8 @@ class Gate(grpc.ServerInterceptor):
                 self.seen(node, context.peer())
                 if isinstance(request, ActivateNodeRequest):
                     self.arrives(node)
+                if isinstance(request, PullMessagesRequest):
+                    self.hold(node)
             response = handler.unary_unary(request, context)
             if node is None and (found := self.known(key)) is not None:
                 self.seen(found, context.peer())

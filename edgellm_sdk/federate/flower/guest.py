@@ -21,7 +21,7 @@ from edgellm_sdk.federate.sent import Sent, round_of
 from edgellm_sdk.types import State
 
 MAX_OFFER = 1 << 20
-QUICK, SLOW = 0.02, 0.5
+QUICK, SLOW, SHARE = 0.05, 3.0, 0.1  # seconds between two looks, and that as a share of the wait so far
 NAMES = {"plugin": str, "aggregate": str, "around": str, "options": dict, "model": str, "digest": str, "seed": int,
          "rounds": int, "task_prompt": str, "balance": bool, "partition": str, "limit": int}  # fmt: skip
 Turn = Callable[[bytes], "bytes | Failure"]
@@ -49,16 +49,17 @@ class Guest:
 
     def _next(self) -> tuple[str, bytes]:
         """(kind, body) of the next message; waits for it. `stopped` becomes a FederationError."""
-        pause = QUICK
+        began = time.monotonic()
         while True:
+            asked = time.monotonic()
             try:
                 message = self.link.fetch()
             except Lost:
                 self.link.activate()
                 continue
             if message is None:
-                time.sleep(pause)
-                pause = min(SLOW, pause * 1.5)
+                if time.monotonic() - asked < 1:  # else the server made the call wait
+                    time.sleep(min(SLOW, max(QUICK, SHARE * (asked - began))))
                 continue
             try:
                 kind, body = from_records(message.content, self.limit, "the server's message")

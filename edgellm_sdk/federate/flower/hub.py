@@ -41,6 +41,8 @@ from edgellm_sdk.federate.flower.parts import CALL, from_records, to_records
 
 WORKERS = 32
 TASK_SECONDS = 10.0
+HOLD = 20.0  # how long a call for the next message waits for one
+HELD = 512  # such calls at once; beyond, they return at once
 SILENCE = 30.0  # three of a client's heartbeats
 
 
@@ -90,6 +92,7 @@ class Hub:
         self, host: str, port: int, identity: Identity | None, admitted: Mapping[str, bytes], limit: int, most: int
     ) -> None:
         self.limit = limit
+        self._workers = WORKERS + min(HELD, most)
         stores = ObjectStoreFactory()
         factory = LinkStateFactory(FLWR_IN_MEMORY_DB_NAME, NoOpFederationManager(), stores)
         self.state = factory.state()
@@ -98,15 +101,18 @@ class Hub:
         self.last_seen: dict[int, float] = {}
         self.fresh: set[int] = set()
         self._objects: dict[int, set[str]] = {}
+        self._pending: dict[int, int] = {}
+        self._mail = threading.Condition()
+        self._held = 0
         self._sent: dict[str, tuple[int, set[str]]] = {}
         for name, key in sorted(admitted.items()):
             self.names[self.state.create_node(NOOP_FLWR_AID, NOOP_ACCOUNT_NAME, key, 0)] = name
         self._stop = threading.Event()
         self.run = begin_run(self.state, self._stop)
         self.front = Front(host, port, identity is not None, most)
-        gate = Gate(self.state.get_node_id_by_public_key, self._seen, self._arrives, self._mine, limit)
+        gate = Gate(self.state.get_node_id_by_public_key, self._seen, self._arrives, self._hold, self._mine, limit)
         self.server = grpc.server(
-            concurrent.futures.ThreadPoolExecutor(WORKERS),
+            concurrent.futures.ThreadPoolExecutor(self._workers),
             interceptors=(RpcErrorTranslationServerInterceptor(), NodeAuthServerInterceptor(factory), gate),
             options=(
                 ("grpc.max_receive_message_length", CALL),
@@ -114,7 +120,7 @@ class Hub:
                 ("grpc.server_handshake_timeout_ms", 10_000),
                 ("grpc.so_reuseport", 0),
             ),
-            maximum_concurrent_rpcs=4 * WORKERS,
+            maximum_concurrent_rpcs=2 * self._workers,
         )
         add_FleetServicer_to_server(FleetServicer(factory, stores, identity is not None), self.server)
         if identity is None:
@@ -134,6 +140,15 @@ class Hub:
         """A node activates: what it was before, it is a new session of it that has seen nothing yet."""
         self.state.deactivate_node(node)
         self.fresh.add(node)
+
+    def _hold(self, node: int) -> None:
+        """Return when there is a message for the node, or after a while: it need not ask again and again."""
+        with self._mail:
+            self._held += 1
+            if self._held <= min(HELD, self._workers - WORKERS):
+                self._mail.wait_for(lambda: self._pending.get(node, 0) > 0 or self._stop.is_set(), HOLD)
+            self._held -= 1
+            self._pending[node] = max(0, self._pending.get(node, 0) - 1)
 
     def _mine(self, node: int, thing: str) -> bool:
         return thing in self._objects.get(node, ())
@@ -164,6 +179,9 @@ class Hub:
             self.store.delete(where)
             return None
         self._sent[where] = (node, set(nested))
+        with self._mail:
+            self._pending[node] = self._pending.get(node, 0) + 1
+            self._mail.notify_all()
         return where
 
     def replies(self, waiting: Iterable[str]) -> dict[str, Reply]:
@@ -212,5 +230,7 @@ class Hub:
 
     def close(self) -> None:
         self._stop.set()
+        with self._mail:
+            self._mail.notify_all()
         self.server.stop(0.5).wait(5)
         self.front.close()

@@ -1,4 +1,4 @@
-"""Our messages in Flower's records: a head that says kind, size and sha256, then parts of a few MiB each.
+"""Our messages in Flower's records: parts of 2 MiB, the first of which says kind, size and sha256 of the whole.
 
 Flower sends each record of a message in a call of its own, so no call is larger than a part and an upload that breaks
 off goes on with the parts that are missing.
@@ -15,26 +15,26 @@ from edgellm_sdk.wire import PROTOCOL
 
 PART = 2 << 20
 CALL = PART + (1 << 16)  # the largest call
-HEAD = "head"
+FIRST = "000000"
 
 
 def to_records(kind: str, message: bytes) -> RecordDict:
+    """The first record also says what the message is."""
     records = RecordDict()
     digest = hashlib.sha256(message).hexdigest()
-    records[HEAD] = ConfigRecord({"protocol": PROTOCOL, "kind": kind, "bytes": len(message), "sha256": digest})
-    for number, begin in enumerate(range(0, len(message), PART)):
+    for number, begin in enumerate(range(0, max(1, len(message)), PART)):
         records[f"{number:06d}"] = ConfigRecord({"data": message[begin : begin + PART]})
+    records[FIRST].update({"protocol": PROTOCOL, "kind": kind, "bytes": len(message), "sha256": digest})
     return records
 
 
 def from_records(records: RecordDict, limit: int, where: str) -> tuple[str, bytes]:
     """(kind, message). ModelError for anything that `to_records` did not make or that is larger than `limit` bytes."""
     try:
-        head = records.config_records[HEAD]
-        names = sorted(name for name in records if name != HEAD)
-        parts = [records.config_records[name]["data"] for name in names]
-        kind, size, digest = head["kind"], head["bytes"], head["sha256"]
-        if head["protocol"] != PROTOCOL:
+        first = records.config_records[FIRST]
+        parts = [records.config_records[name]["data"] for name in sorted(records)]
+        kind, size, digest = first["kind"], first["bytes"], first["sha256"]
+        if first["protocol"] != PROTOCOL:
             raise ModelError(f"is not of protocol {PROTOCOL}", where)
     except KeyError:
         raise ModelError("is no message of ours", where) from None

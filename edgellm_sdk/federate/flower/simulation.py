@@ -7,6 +7,9 @@ the model and the data once and then plays whichever client a message names.
 from __future__ import annotations
 
 import json
+import os
+import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -30,6 +33,7 @@ from edgellm_sdk.context import Context
 from edgellm_sdk.errors import EdgeLLMError, FederationError, printable
 from edgellm_sdk.federate.client import work
 from edgellm_sdk.federate.engine import Crowd
+from edgellm_sdk.federate.flower import QUIET
 from edgellm_sdk.federate.flower.enrol import FAILURE, UPDATE, WORK
 from edgellm_sdk.federate.flower.hub import addressed, begin_run
 from edgellm_sdk.federate.flower.parts import from_records, to_records
@@ -81,6 +85,23 @@ def client_app(description: str) -> ClientApp:
     return app
 
 
+def _start_ray(cores: int) -> None:
+    """Ray on `cores`, silent, before Flower would start it. It would else take our place at SIGTERM."""
+    import ray
+
+    before = signal.getsignal(signal.SIGTERM)
+    path = os.pathsep.join(sys.path)
+    ray.init(
+        num_cpus=cores,
+        include_dashboard=False,
+        log_to_driver=False,
+        configure_logging=False,
+        runtime_env={"env_vars": {**QUIET, "PYTHONPATH": path}},
+    )
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, before)
+
+
 @contextmanager
 def simulated(job: Mapping[str, Any], sizes: Mapping[str, int], cores: int, gpu: bool) -> Iterator[Crowd]:
     """Start Ray with a worker on each of `cores`, for `job` (JSON values). FederationError when it does not come up."""
@@ -90,13 +111,11 @@ def simulated(job: Mapping[str, Any], sizes: Mapping[str, int], cores: int, gpu:
     run = state.get_run_info(run_ids=[begin_run(state, stop)])[0]
     grid = InMemoryGrid(factory, POLL)
     grid.set_run(run)
+    _start_ray(cores)
     backend = {
-        "init_args": {
-            "num_cpus": cores, "logging_level": "ERROR", "log_to_driver": False, "configure_logging": False,
-        },
         "client_resources": {"num_cpus": 1, "num_gpus": 1.0 / cores if gpu else 0.0},
         "actor": {"tensorflow": 0},
-    }  # fmt: skip
+    }
     nodes = min(len(sizes), MAX_NODES)
     trouble: list[BaseException] = []
 
