@@ -25,7 +25,7 @@ QUIET = {
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "GRPC_VERBOSITY": "NONE",
+    "GRPC_VERBOSITY": "ERROR",
     "FLWR_LOG_LEVEL": "CRITICAL",
 }
 
@@ -40,5 +40,7 @@ def prepare(simulation: bool = False) -> None:
         if importlib.util.find_spec(name) is None:
             raise PluginError(f"{name} is not installed", "federation", "pip install 'edgellm-sdk[flower]'")
     import logging
+
+    import flwr.supercore.logger  # noqa: F401 - it sets the level, so it comes first
 
     logging.getLogger("flwr").setLevel(logging.CRITICAL)

@@ -20,6 +20,7 @@ BLOCK = 1 << 16
 HELLO_SECONDS = 10.0
 CLAIM_SECONDS = 20.0
 HELLO_BYTES = 1 << 14
+GREETING = 1024  # connections that have not said hello; with more the oldest goes
 TLS13 = 0x0304
 
 
@@ -67,6 +68,7 @@ class Front:
         self._sweeper: asyncio.Future[None] | None = None
         self._open: dict[int, Connection] = {}
         self._past: dict[str, list[int]] = {}
+        self._greeting: dict[asyncio.StreamWriter, None] = {}
         self._lock = threading.Lock()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="federation-front", daemon=True)
@@ -84,7 +86,7 @@ class Front:
         return self.port
 
     async def _listen(self) -> int:
-        self._server = await asyncio.start_server(self._serve, self.host, self.port, limit=BLOCK)
+        self._server = await asyncio.start_server(self._serve, self.host, self.port, limit=BLOCK, backlog=GREETING)
         self._sweeper = asyncio.ensure_future(self._sweep())
         port: int = self._server.sockets[0].getsockname()[1]
         return port
@@ -108,7 +110,11 @@ class Front:
         inner: asyncio.StreamWriter | None = None
         key = 0
         try:
+            self._greeting[writer] = None
+            if len(self._greeting) > GREETING:
+                next(iter(self._greeting)).transport.abort()
             first = await self._hello(reader)
+            self._greeting.pop(writer, None)
             if first is None:
                 self.refused += 1
                 return
@@ -134,6 +140,7 @@ class Front:
         except (OSError, asyncio.IncompleteReadError, TimeoutError, asyncio.TimeoutError):
             pass  # the other side went away; what it carried is counted below
         finally:
+            self._greeting.pop(writer, None)
             with self._lock:
                 gone = self._open.pop(key, None)
                 if gone is not None:

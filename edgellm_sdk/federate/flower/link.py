@@ -39,6 +39,7 @@ from edgellm_sdk.errors import EdgeLLMError, FederationError, printable
 from edgellm_sdk.federate.flower.keys import Identity, public_pem
 from edgellm_sdk.federate.flower.parts import CALL
 
+NEW_KEY = "ask the operator for a new key"
 HEARTBEAT = 10.0
 CALL_SECONDS = 120.0
 RETRY_SECONDS = 2.0
@@ -76,17 +77,17 @@ def check_door(address: str, ca: str, cert: str, key: str) -> None:
                 door.settimeout(10)
                 door.sendall(PREFACE)
                 if not door.recv(1):
-                    raise FederationError("the server closed the connection", address, "is it an edgellm server?")
+                    raise FederationError("the server refused this client's certificate", address, NEW_KEY)
         except ssl.SSLCertVerificationError as error:
             what = f"not the server of this federation ({printable(error.verify_message)[:60]})"
             raise FederationError(what, address, "check the address and the keys") from None
         except ssl.SSLError as error:
             alert = printable(str(error.reason or error)).lower().replace("_", " ")[:60]
-            fix = "ask the operator for a new key"
-            raise FederationError(f"the server refused the connection ({alert})", address, fix) from None
+            raise FederationError(f"the server refused the connection ({alert})", address, NEW_KEY) from None
         except ConnectionError:
-            what = "the server closed the connection"
-            raise FederationError(what, address, "does it use TLS, and does it know this key?") from None
+            raise FederationError(
+                "the server refused the connection", address, "does it use TLS? or: " + NEW_KEY
+            ) from None
 
 
 class Link:
@@ -114,6 +115,7 @@ class Link:
         self._channel = channel
         self._stub = FleetStub(grpc.intercept_channel(channel, NodeAuthClientInterceptor(private, public)))
         self._stop = threading.Event()
+        self._heart: threading.Thread | None = None
         self.node: Any = None
 
     def _call(self, method: Callable[..., Any], request: Any) -> Any:
@@ -151,7 +153,8 @@ class Link:
         first = self.node is None
         self.node = Node(node_id=found.node_id)
         if first:
-            threading.Thread(target=self._beat, name="federation-heartbeat", daemon=True).start()
+            self._heart = threading.Thread(target=self._beat, name="federation-heartbeat", daemon=True)
+            self._heart.start()
 
     def _beat(self) -> None:
         while not self._stop.wait(HEARTBEAT):
@@ -206,6 +209,8 @@ class Link:
 
     def close(self) -> None:
         self._stop.set()
+        if self._heart is not None:
+            self._heart.join(HEARTBEAT)  # a channel may not be closed below a call
         if self.node is not None:
             with contextlib.suppress(grpc.RpcError):
                 self._stub.DeactivateNode(DeactivateNodeRequest(node_id=self.node.node_id), timeout=5)
