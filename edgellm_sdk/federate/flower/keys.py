@@ -15,6 +15,7 @@ import ipaddress
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -26,7 +27,7 @@ from edgellm_sdk.errors import ConfigError
 
 CA, CERT, KEY, CLIENTS = "ca.pem", "cert.pem", "key.pem", "clients.json"
 YEARS = 2
-Key = ec.EllipticCurvePrivateKey
+Key: TypeAlias = ec.EllipticCurvePrivateKey
 
 
 @dataclass(frozen=True)
@@ -84,19 +85,17 @@ def make(folder: Path, clients: int, hosts: Sequence[str], revoke: Sequence[str]
     if hosts or not (server / KEY).is_file():
         names = list(dict.fromkeys([*hosts, "localhost", "127.0.0.1", "::1"]))
         _issue(server, "server", ca_key, ca, names)
-    known = admitted(server) if (server / CLIENTS).is_file() else {}
+    known: dict[str, bytes] = admitted(server) if (server / CLIENTS).is_file() else {}
     width = max(3, len(str(clients - 1)))
     for number in range(clients):
         name = f"client-{number:0{width}d}"
         place = folder / "clients" / name
         if not (place / KEY).is_file():
-            known[name] = _issue(place, name, ca_key, ca, None).decode()
+            known[name] = _issue(place, name, ca_key, ca, None)
     unknown = [name for name in revoke if name not in known]
     if unknown:
         raise ConfigError(f"there is no client {unknown[0]!r}", str(server / CLIENTS))
-    kept = {
-        name: pem if isinstance(pem, str) else pem.decode() for name, pem in sorted(known.items()) if name not in revoke
-    }
+    kept = {name: pem.decode() for name, pem in sorted(known.items()) if name not in revoke}
     store.write_json(server / CLIENTS, kept)
     return list(kept)
 

@@ -101,6 +101,7 @@ class Link:
             ("grpc.initial_reconnect_backoff_ms", 500),
             ("grpc.max_reconnect_backoff_ms", 2000),
             ("grpc.enable_http_proxy", 0),
+            ("grpc.use_local_subchannel_pool", 1),
         )
         if identity is None:
             private, public = generate_key_pairs()
