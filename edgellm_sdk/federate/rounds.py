@@ -25,9 +25,10 @@ CHECKPOINT = "state"
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a client sent nothing usable."""
+    """Why a client sent nothing usable. `reached` says whether its assignment got to it."""
 
     reason: str
+    reached: bool = True
 
 
 Engine: TypeAlias = Callable[[Mapping[str, bytes]], Iterable[tuple[str, "bytes | Failure"]]]
@@ -188,12 +189,15 @@ def _collect(
     reasons: dict[str, str] = {}
     received: dict[str, int] = {}
     payload: dict[str, int] = {}
+    unreached: set[str] = set()
     for client, reply in replies:
         if client not in sent or client in received:
             continue
         received[client] = 0 if isinstance(reply, Failure) else len(reply)
         if isinstance(reply, Failure):
             reasons[client] = reply.reason
+            if not reply.reached:
+                unreached.add(client)
             continue
         try:
             update = wire.update_from_bytes(reply, client)
@@ -218,8 +222,8 @@ def _collect(
     lines = [
         Line(
             client,
-            down=len(sent[client]),
-            down_payload=wire.payload_bytes(assignments[client].arrays),
+            down=0 if client in unreached else len(sent[client]),
+            down_payload=0 if client in unreached else wire.payload_bytes(assignments[client].arrays),
             up=received.get(client, 0),
             up_payload=payload.get(client, 0),
             rejected=reasons.get(client, ""),

@@ -143,6 +143,8 @@ def test_a_client_that_vanishes_mid_upload_is_left_out_and_the_others_finish(
         began = time.monotonic()
         found = dict(network.over(people, terms(grace=1.0))({"client-000": b"ab", "client-001": b"cd"}))
         assert found == {"client-000": b"ba", "client-001": Failure("went away")}
+        again = dict(network.over(people, terms(grace=1.0))({"client-001": b"cd"}))
+        assert again == {"client-001": Failure("is not there", reached=False)}
         assert time.monotonic() - began < 5
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from edgellm_sdk import store, wire
 from edgellm_sdk.context import Context
-from edgellm_sdk.errors import ConfigError, EdgeLLMError
+from edgellm_sdk.errors import ConfigError, EdgeLLMError, Interrupted
 from edgellm_sdk.federate.engine import Crowd
 from edgellm_sdk.federate.flower import keys
 from edgellm_sdk.federate.flower.enrol import FINISHED, PAUSE, STOPPED, UPDATE, WORK, Roster
@@ -96,6 +96,8 @@ def gathered(terms: Terms, ctx: Context, digest: str) -> Iterator[Crowd]:
 
         try:
             yield Crowd(sizes, over(roster, terms), finished, lambda: traffic(roster))
+        except Interrupted:
+            raise  # the clients wait for --resume
         except EdgeLLMError as error:
             roster.tell(STOPPED, error.what.encode(), 5.0)
             raise
@@ -106,11 +108,12 @@ def gathered(terms: Terms, ctx: Context, digest: str) -> Iterator[Crowd]:
 def over(roster: Roster, terms: Terms) -> Engine:
     """An engine over the members of `roster`. Who is silent at the deadline, or away too long, is left out."""
     hub = roster.hub
+    away: set[str] = set()  # nobody waits again for who did not come back
 
     def exchange(messages: Mapping[str, bytes]) -> Iterator[tuple[str, bytes | Failure]]:
         began = time.monotonic()
         waiting: dict[str, tuple[int, str]] = {}
-        there = dict.fromkeys(messages, began)
+        there = {client: -math.inf if client in away else began for client in messages}
         left = set(messages)
         try:
             while left:
@@ -120,6 +123,7 @@ def over(roster: Roster, terms: Terms) -> Engine:
                     member = roster.members.get(client)
                     if member is not None and hub.present(member.node):
                         there[client] = now
+                        away.discard(client)
                         if waiting.get(client, (0, ""))[0] != member.session:
                             if client in waiting:
                                 hub.forget(waiting[client][1])
@@ -129,7 +133,9 @@ def over(roster: Roster, terms: Terms) -> Engine:
                                 waiting[client] = (member.session, message)
                     elif now - there[client] > terms.grace:
                         left.discard(client)
-                        yield client, Failure("went away" if client in waiting else "is not there")
+                        away.add(client)
+                        sent = client in waiting
+                        yield client, Failure("went away" if sent else "is not there", reached=sent)
                 found = hub.replies(message for client, (_, message) in waiting.items() if client in left)
                 for client in sorted(left):
                     reply = found.get(waiting[client][1]) if client in waiting else None
