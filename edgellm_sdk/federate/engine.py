@@ -9,26 +9,27 @@ from typing import Any, TypeAlias
 
 from edgellm_sdk.context import Context
 from edgellm_sdk.federate.client import work
+from edgellm_sdk.federate.ledger import Line
 from edgellm_sdk.federate.rounds import Engine, Failure
 from edgellm_sdk.relay import Relay
 from edgellm_sdk.types import Dataset, ModelHandle, Profile, State
 
 
-def _nothing(state: State) -> None:
-    return None
+def _nothing(state: State) -> list[Line]:
+    return []
 
 
 @dataclass(frozen=True)
 class Crowd:
     """Who takes part, as {client: its number of examples}, the engine that reaches them, and what they have.
 
-    `finished` is told the final state; `tables` are for the report.
+    `finished` passes the final state on and says to whom, for the ledger; `tables` are for the report.
     """
 
     clients: Mapping[str, int]
     engine: Engine
     profiles: Mapping[str, Profile] = field(default_factory=dict)
-    finished: Callable[[State], None] = _nothing
+    finished: Callable[[State], list[Line]] = _nothing
     tables: Callable[[], list[dict[str, Any]]] = list
 
 

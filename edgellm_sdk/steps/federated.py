@@ -148,7 +148,8 @@ def train(job: Job, gather: Gather, valid: Dataset | None) -> Outcome:
                 plan = Plan(crowd.clients, per_round, job.rounds, asked.quorum, watch_every=asked.watch)
                 engine = recorded(crowd.engine, Sent(step.folder, KEPT_WIRE)) if asked.keep_wire else crowd.engine
                 final = run_rounds(relay, start, plan, engine, ctx, book, watch if asked.watch else None)
-                crowd.finished(final)
+                if last := crowd.finished(final):
+                    book.add(final.round + 1, 0, last, 0.0)
                 report.tables += crowd.tables()
             tuned = relay.personalise(handle, final, step.folder / "model", ctx)
             measured = relay.measure(final, valid, ctx) if valid is not None else {}

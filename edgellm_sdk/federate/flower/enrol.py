@@ -112,14 +112,16 @@ class Roster:
         if len(self.members) < wanted:
             self.ctx.note(f"{len(self.members)} of {wanted} clients came within {seconds:.0f} s")
 
-    def tell(self, kind: str, body: bytes, seconds: float) -> None:
-        """Leave everybody present a last message and wait until it is fetched."""
+    def tell(self, kind: str, body: bytes, seconds: float) -> list[str]:
+        """Leave everybody present a last message and wait until it is answered; returns who answered."""
         left = {
-            message
-            for member in self.members.values()
+            message: client
+            for client, member in self.members.items()
             if self.hub.present(member.node) and (message := self.hub.send(member.node, kind, body)) is not None
         }
+        told = []
         until = time.monotonic() + seconds
         while left and time.monotonic() < until:
-            left -= set(self.hub.replies(left))
+            told += [left.pop(message) for message in self.hub.replies(left)]
             time.sleep(PAUSE)
+        return sorted(told)

@@ -18,6 +18,7 @@ from edgellm_sdk.federate.flower import keys
 from edgellm_sdk.federate.flower.enrol import FINISHED, PAUSE, STOPPED, UPDATE, WORK, Roster
 from edgellm_sdk.federate.flower.hub import Hub
 from edgellm_sdk.federate.flower.link import split_address
+from edgellm_sdk.federate.ledger import FINAL, Line
 from edgellm_sdk.federate.rounds import Engine, Failure
 from edgellm_sdk.federate.sent import round_of
 from edgellm_sdk.types import State
@@ -91,8 +92,10 @@ def gathered(terms: Terms, ctx: Context, digest: str) -> Iterator[Crowd]:
             }
             store.write_json(ctx.folder / MEMBERS, table)
 
-        def finished(final: State) -> None:
-            roster.tell(FINISHED, wire.state_to_bytes(final), FAREWELL)
+        def finished(final: State) -> list[Line]:
+            body = wire.state_to_bytes(final)
+            told = roster.tell(FINISHED, body, FAREWELL)
+            return [Line(client, len(body), 0, 0, 0, kind=FINAL) for client in told]
 
         try:
             yield Crowd(sizes, over(roster, terms), finished, lambda: traffic(roster))
