@@ -83,9 +83,7 @@ def checked(asked: Finetune, options: Mapping[str, Any], quiet: bool = True, ver
     return Job(asked, options, step, relay, quiet)
 
 
-def here(
-    job: Job, train: Dataset, indices: Mapping[str, list[int]], profiles: Mapping[str, Profile]
-) -> Gather:
+def here(job: Job, train: Dataset, indices: Mapping[str, list[int]], profiles: Mapping[str, Profile]) -> Gather:
     """Every client in this process."""
 
     @contextmanager
@@ -109,7 +107,7 @@ def in_simulation(job: Job, indices: Mapping[str, list[int]], profiles: Mapping[
         description = {"asked": dataclasses.asdict(job.asked), "options": dict(job.options)}
         cores = len(os.sched_getaffinity(0))
         sizes = {client: len(rows) for client, rows in indices.items()}
-        with simulated(description, sizes, cores, job.asked.device.startswith("cuda")) as engine:
+        with simulated(description, len(sizes), cores, job.asked.device.startswith("cuda")) as engine:
             yield Crowd(sizes, engine, profiles)
 
     return gather

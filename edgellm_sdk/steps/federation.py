@@ -236,12 +236,14 @@ def _take_part(guest: Any, job: federated.Job, handle: ModelHandle, data: Datase
             raise ConfigError("this folder has been through a federation", asked.output, "use another --output")
         report = step.report()
         with Meter() as meter:
-            ctx = job.context()
+            ctx = job.context(handle)
             if asked.insecure:
                 ctx.note("insecure: no TLS and no authentication, on loopback")
             sent = Sent(step.folder, asked.keep * 1_000_000)
             about = environment()
             machine = {name: about[name] for name in ("cores", "memory_bytes", "platform")} | {"device": asked.device}
+            if asked.memory:
+                machine["memory_bytes"] = asked.memory << 20
             enrolment = answer(guest.name, len(data), handle.digest, machine)
 
             def turn(message: bytes) -> Any:

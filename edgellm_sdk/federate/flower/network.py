@@ -12,7 +12,7 @@ from typing import Any
 
 from edgellm_sdk import store, wire
 from edgellm_sdk.context import Context
-from edgellm_sdk.errors import ConfigError, EdgeLLMError, Interrupted
+from edgellm_sdk.errors import ConfigError, EdgeLLMError, Interrupted, printable
 from edgellm_sdk.federate.engine import Crowd
 from edgellm_sdk.federate.flower import keys
 from edgellm_sdk.federate.flower.enrol import FINISHED, PAUSE, STOPPED, UPDATE, WORK, Roster
@@ -21,7 +21,7 @@ from edgellm_sdk.federate.flower.link import split_address
 from edgellm_sdk.federate.ledger import FINAL, Line
 from edgellm_sdk.federate.rounds import Engine, Failure
 from edgellm_sdk.federate.sent import round_of
-from edgellm_sdk.types import State
+from edgellm_sdk.types import Profile, State
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 MEMBERS = "clients.json"
@@ -85,12 +85,14 @@ def gathered(terms: Terms, ctx: Context, digest: str) -> Iterator[Crowd]:
                 seen[0] = count
 
             roster.wait(wanted, max(1, math.ceil(terms.quorum * wanted)), terms.wait, look)
-        sizes = examples or {name: member.examples for name, member in sorted(roster.members.items())}
-        if not examples:
-            table = {
-                name: {"examples": count, "machine": roster.machines.get(name, {})} for name, count in sizes.items()
+        if not known:
+            known = {
+                name: {"examples": member.examples, "machine": roster.machines.get(name, {})}
+                for name, member in sorted(roster.members.items())
             }
-            store.write_json(ctx.folder / MEMBERS, table)
+            store.write_json(ctx.folder / MEMBERS, known)
+        sizes = {name: entry["examples"] for name, entry in known.items()}
+        machines = {name: entry["machine"] for name, entry in known.items()}
 
         def finished(final: State) -> list[Line]:
             body = wire.state_to_bytes(final)
@@ -98,7 +100,7 @@ def gathered(terms: Terms, ctx: Context, digest: str) -> Iterator[Crowd]:
             return [Line(client, len(body), 0, 0, 0, kind=FINAL) for client in told]
 
         try:
-            yield Crowd(sizes, over(roster, terms), finished, lambda: traffic(roster))
+            yield Crowd(sizes, over(roster, terms), profiles(machines), finished, lambda: traffic(roster))
         except Interrupted:
             raise  # the clients wait for --resume
         except EdgeLLMError as error:
@@ -157,6 +159,21 @@ def over(roster: Roster, terms: Terms) -> Engine:
                 hub.forget(message)
 
     return exchange
+
+
+def profiles(machines: Mapping[str, Mapping[str, Any]]) -> dict[str, Profile]:
+    """What clients said of themselves when they enrolled, as far as it can be used."""
+
+    def number(machine: Mapping[str, Any], name: str) -> int:
+        value = machine.get(name, 0)
+        return value if type(value) is int and 0 <= value < 1 << 50 else 0
+
+    return {
+        client: Profile(
+            printable(str(machine.get("device", "")))[:40], number(machine, "memory_bytes"), number(machine, "cores")
+        )
+        for client, machine in machines.items()
+    }
 
 
 def traffic(roster: Roster) -> list[dict[str, Any]]:

@@ -32,7 +32,6 @@ from flwr.superlink.grid import InMemoryGrid
 from edgellm_sdk.context import Context
 from edgellm_sdk.errors import EdgeLLMError, FederationError, printable
 from edgellm_sdk.federate.client import work
-from edgellm_sdk.federate.engine import Crowd
 from edgellm_sdk.federate.flower import QUIET
 from edgellm_sdk.federate.flower.enrol import FAILURE, UPDATE, WORK
 from edgellm_sdk.federate.flower.hub import addressed, begin_run
@@ -103,7 +102,7 @@ def _start_ray(cores: int) -> None:
 
 
 @contextmanager
-def simulated(job: Mapping[str, Any], sizes: Mapping[str, int], cores: int, gpu: bool) -> Iterator[Crowd]:
+def simulated(job: Mapping[str, Any], clients: int, cores: int, gpu: bool) -> Iterator[Engine]:
     """Start Ray with a worker on each of `cores`, for `job` (JSON values). FederationError when it does not come up."""
     factory = LinkStateFactory(FLWR_IN_MEMORY_DB_NAME, NoOpFederationManager(), ObjectStoreFactory())
     state = factory.state()
@@ -116,7 +115,7 @@ def simulated(job: Mapping[str, Any], sizes: Mapping[str, int], cores: int, gpu:
         "client_resources": {"num_cpus": 1, "num_gpus": 1.0 / cores if gpu else 0.0},
         "actor": {"tensorflow": 0},
     }
-    nodes = min(len(sizes), MAX_NODES)
+    nodes = min(clients, MAX_NODES)
     trouble: list[BaseException] = []
 
     def engine() -> None:
@@ -142,7 +141,7 @@ def simulated(job: Mapping[str, Any], sizes: Mapping[str, int], cores: int, gpu:
     try:
         while len(list(grid.get_node_ids())) < nodes and not stop.is_set():
             time.sleep(POLL)
-        yield Crowd(sizes, _over(grid, run.run_id, stop, trouble))
+        yield _over(grid, run.run_id, stop, trouble)
     finally:
         stop.set()
         thread.join(30)
