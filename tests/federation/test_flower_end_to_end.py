@@ -20,6 +20,7 @@ import pytest
 
 import edgellm_sdk as edgellm
 from edgellm_sdk.errors import ConfigError, EdgeLLMError, FederationError
+from edgellm_sdk.random import Stream
 from edgellm_sdk.steps import Outcome, federation
 from edgellm_sdk.steps.audit import wire_of
 from edgellm_sdk.steps.federation import join, keys, serve
@@ -263,3 +264,25 @@ def test_a_shard_is_a_part_and_an_address_is_one(data: Path, tmp_path: Path) -> 
             join(address, str(data), tmp_path / "run", insecure=True, name="a")
     with pytest.raises(FederationError, match="nobody listens|no server"):
         join(f"127.0.0.1:{free_port()}", str(data), tmp_path / "run", insecure=True, name="a", patience=0.5)
+
+
+@pytest.mark.bar
+@pytest.mark.parametrize("number", range(10))
+def test_a_server_killed_at_any_moment_resumes_to_the_same_bytes(
+    tiny_llama: Path, recipe: Path, data: Path, folder: Path, expected: str, tmp_path: Path, number: int,
+    pytestconfig: pytest.Config,
+) -> None:  # fmt: skip
+    """From the first enrolment on: in a round, between rounds, while a state is written."""
+    if "bar" not in str(pytestconfig.getoption("markexpr")):
+        pytest.skip("part of the bar alone: two minutes")
+    wait = float(Stream(number, "kill").uniform(1)[0]) * 1.5
+    seen: list[float] = []
+
+    def moment(output: Path) -> bool:
+        if (output / "clients.json").is_file():
+            seen.append(time.monotonic())
+        finished = output / "ledger.jsonl"
+        late = finished.is_file() and finished.read_bytes().count(b"\n") >= 2 * ROUNDS - 1
+        return bool(seen) and (late or time.monotonic() - seen[0] > wait)
+
+    assert killed_and_back(tiny_llama, recipe, data, folder, tmp_path, moment) == expected
