@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,11 +22,12 @@ Kept = TypeVar("Kept")
 @dataclass
 class Drift:
     """What a client's every gradient gets added: `proximal` * (theta - theta_0) + `arrays`, theta_0 being what it was
-    sent. A method that does so sets `applied`."""
+    sent. A method that does so sets `applied`, and `rates` to the learning rates of its steps as they are taken."""
 
     proximal: float = 0.0
     arrays: Arrays = field(default_factory=dict)
     applied: bool = False
+    rates: Sequence[float] = ()
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,9 @@ class Context:
     """`folder` is where this step writes, `memory` a budget in bytes, `deadline` a `time.monotonic()` value, `rounds`
     the number planned, `hidden` a folder for hidden states that later runs may take up. A hook is given its own
     plugin's config; a wrapper finds its own under its name in `configs`. On the server `assigned` is what each client
-    of the round was sent, `profiles` what clients say they have, `foretold` what whoever assigned work expects it to
-    cost; on a client `drift` changes the gradients of the turn at hand, and `spent` is what turns did cost.
+    of the round was sent, `starts` what it trains from where that is not what it was sent (`edgellm_assign` sets it),
+    `profiles` what clients say they have, `foretold` what whoever assigned work expects it to cost; on a client `drift`
+    changes the gradients of the turn at hand, and `spent` is what turns did cost.
     """
 
     folder: Path
@@ -78,6 +80,7 @@ class Context:
     curves: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     assigned: Mapping[str, Assignment] = field(default_factory=dict)
+    starts: Mapping[str, Arrays] = field(default_factory=dict)
     drift: Drift | None = None
     model: ModelHandle | None = None
     profiles: Mapping[str, Profile] = field(default_factory=dict)
@@ -156,9 +159,13 @@ class Context:
 
     def remember(self, client: str, name: str, round: int, arrays: Arrays, scalars: Mapping[str, Any]) -> None:
         """Keep what `client` alone knows after `round`, and what it knew one turn before, on the client's own disk."""
-        from edgellm_sdk.store import save_arrays
+        from edgellm_sdk.store import save_arrays, storage_error
 
         folder = self._memory_of(client)
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise storage_error(error, folder) from error
         save_arrays(folder / f"{name}-{round:08d}.safetensors", arrays, scalars)
         for old in sorted(folder.glob(f"{name}-*.safetensors"))[:-2]:
             old.unlink(missing_ok=True)

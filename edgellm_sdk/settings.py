@@ -24,7 +24,7 @@ class Finetune:
     clients: int = opt(1, "clients the data is dealt to; 1 is plain fine-tuning", ge=1, le=100_000)
     rounds: int = opt(0, "federated rounds; 0 leaves the default of 100", ge=0)
     clients_per_round: int = opt(0, "clients sampled each round; 0 takes all", ge=0)
-    partition: str = opt("iid", "how the data is dealt: iid, dirichlet:ALPHA, label:K or user")
+    partition: str = opt("iid", "how the data is dealt: iid, dirichlet:ALPHA, skew:ALPHA, label:K or user")
     seed: int = opt(0, SEED, ge=0)
     device: str = opt("cpu", "cpu or cuda, or a backend that only infers, as llama_cpp with its --llama-cpp-NAME")
     aggregate: str = opt("", "another plugin that aggregates, in place of the method's own rule")
@@ -40,6 +40,13 @@ class Finetune:
     watch: int = opt(10, "measure on held-out data every so many rounds; 0 never", unit="rounds", ge=0)
     engine: str = opt("process", "process, or simulation: Flower's, on all cores", choices=("process", "simulation"))
     keep_wire: bool = opt(False, "keep every update as it was sent, for edgellm audit wire")
+    personalise: int = opt(
+        0, "local steps (rounds, for a method without) of every client after the federation, for an adapter of its own",
+        unit="steps", ge=0, le=1_000_000,
+    )  # fmt: skip
+    kept_aside: float = opt(
+        0.2, "with --personalise: share of each client's examples kept to choose and to report on", ge=0.01, le=0.9
+    )
 
 
 @dataclass(frozen=True)
@@ -68,6 +75,8 @@ class Export:
     data: str = opt("", "data whose prompts the gate compares on; empty uses what the model was tuned on, if known")
     task_prompt: str = opt("", TASK_PROMPT)
     gate: bool = opt(True, "run the written file and refuse it if it does not behave like the model")
+    users: bool = opt(False, "of a run with --personalise: a folder of one base, each user's adapter and a manifest")
+    gate_users: int = opt(0, "with --users: adapters the gate runs, drawn at random; 0 runs all", ge=0)
     seed: int = opt(0, SEED, ge=0)
     dry_run: bool = opt(False, DRY_RUN)
 
@@ -87,6 +96,7 @@ class Evaluate:
 @dataclass(frozen=True)
 class Deploy:
     prompt: str = opt("", "text to answer; without it, standard input or a chat on the terminal")
+    user: str = opt("", "of a folder that export --users wrote: whose adapter; in a chat, /user NAME changes it")
     device: str = opt("", "backend plugin that runs it; empty chooses by format")
     system: str = opt("", "system message put before the prompt")
     raw: bool = opt(False, "continue the prompt as plain text, without the model's chat template")
@@ -130,7 +140,7 @@ class Compare:
     seconds: float = opt(60.0, "with equal memory: how long each run trains", unit="s", ge=1)
     seeds: int = opt(5, "runs of each method on each task", ge=1, le=100)
     clients: int = opt(1, "clients the data is dealt to", ge=1, le=100_000)
-    partition: str = opt("iid", "how the data is dealt: iid, dirichlet:ALPHA, label:K or user")
+    partition: str = opt("iid", "how the data is dealt: iid, dirichlet:ALPHA, skew:ALPHA, label:K or user")
     balance: bool = opt(False, BALANCE)
     task_prompt: str = opt("", TASK_PROMPT)
 

@@ -21,6 +21,8 @@ else:  # numpy is not imported to name a type
 
 SERVER = "server/"
 """Begins the names of a State's arrays that are sent to no client."""
+FROZEN = "frozen/"
+"""Begins the names of an assignment's arrays that its client uses under the rest of the name, but does not train."""
 FOLDED = ("folded_A", "folded_B")
 """End the names of a LoRA that a module's own LoRA rests on: X.folded_A (R, d_in), X.folded_B (d_out, R), scale 1."""
 
@@ -30,6 +32,7 @@ Message: TypeAlias = Mapping[str, str]  # {"role": ..., "content": ...}
 Prompt: TypeAlias = str | tuple[Message, ...]
 
 __all__ = [
+    "Adaptable",
     "Artifact",
     "Assignment",
     "Dataset",
@@ -264,3 +267,13 @@ class Session(Protocol):
     def stats(self) -> SessionStats: ...
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class Adaptable(Protocol):
+    """A session that changes its LoRA adapters and keeps its base."""
+
+    def adapt(self, adapters: Sequence[tuple[Path, float]]) -> None:
+        """Make these files, each at its scale, all the adapters there are. ModelError for one that does not fit; those
+        before then stay."""
+        ...

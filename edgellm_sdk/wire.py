@@ -24,6 +24,8 @@ MAX_HEADER = 16 << 20
 MAX_NAME = 255
 MAX_TENSORS = 1 << 16
 PROTOCOL = 1
+TOO_LARGE = 2.0**64
+"""From here on float32 cannot hold a value's square, so no norm and no moment is a number."""
 _DTYPES = {
     "F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "|i1",
     "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "|u1", "BOOL": "|b1",
@@ -64,10 +66,17 @@ def _refuse_constant(text: str) -> Any:
     raise ValueError(f"{text} is not JSON")
 
 
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:20]} is larger than any number here")
+    return value
+
+
 def strict_json(text: str) -> Any:
-    """JSON without NaN, Infinity, duplicate keys or deep nesting; ValueError otherwise."""
+    """JSON without NaN, Infinity, numbers as large as that, duplicate keys or deep nesting; ValueError otherwise."""
     try:
-        return json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_refuse_constant)
+        return json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_refuse_constant, parse_float=_finite)
     except RecursionError:
         raise ValueError("nested too deeply") from None
 
@@ -177,7 +186,7 @@ def state_from_bytes(raw: bytes, where: str) -> State:
 
 
 def check_update(update: Update, state: State, client: str, known: Arrays | None = None) -> str | None:
-    """Why `update` cannot be used against `state`, or None: base, round, client, finiteness, shapes, weight.
+    """Why `update` cannot be used against `state`, or None: base, round, client, finiteness, size, shapes, weight.
 
     `known`, when given, are the arrays an update of this kind must match in name, shape and dtype, exactly.
     """
@@ -194,6 +203,8 @@ def check_update(update: Update, state: State, client: str, known: Arrays | None
     for name, array in sorted(update.arrays.items()):
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             return f"{printable(name[:60])} is not finite"
+        if array.dtype.kind == "f" and float(np.abs(array).max(initial=0)) >= TOO_LARGE:
+            return f"{printable(name[:60])} holds numbers too large to square"
     if known is not None:
         if set(update.arrays) != set(known):
             return "does not carry exactly the expected arrays"

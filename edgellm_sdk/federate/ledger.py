@@ -18,9 +18,9 @@ ROUND, FINAL = "round", "final"
 
 @dataclass(frozen=True)
 class Line:
-    """One client in one round. Sizes are bytes of whole messages; `*_payload` leaves the framing out. `peak` bytes and
-    `took` seconds of its turn, as measured where it ran and as foretold, are 0 where unknown. `kind` is `round`, or
-    `final` for the state that a client is given after the last one.
+    """One client in one round. `down` and `up` are bytes of all its messages, `*_payload` those of the arrays in its
+    assignment and in its update. `peak` bytes and `took` seconds of its turn, as measured where it ran and as foretold,
+    are 0 where unknown. `kind` is `round`, or `final` for the state that a client is given after the last one.
     """
 
     client: str

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from edgellm_sdk.context import Context
 from edgellm_sdk.errors import FederationError
+from edgellm_sdk.random import RNG_ID
 from edgellm_sdk.types import FOLDED, Array, Arrays, State, Update
 from edgellm_sdk.wire import check_update
 
@@ -25,20 +27,36 @@ def theta(arrays: Arrays) -> dict[str, Array]:
 
 
 def sent(client: str, state: State, ctx: Context) -> dict[str, Array]:
-    """theta as `client` was sent it; the state's where no assignment is known, as for files carried by hand."""
+    """theta as `client` trains from it: what it was sent, unless `ctx.starts` knows better; the state's where no
+    assignment is known, as for files carried by hand."""
+    if client in ctx.starts:
+        return dict(ctx.starts[client])
     return theta(ctx.assigned[client].arrays if client in ctx.assigned else state.sent)
 
 
+def beside(update: Update, ctx: Context) -> dict[str, Array]:
+    """What `update` carries besides theta under names that its client was sent by a plugin of the run, as sent."""
+    given = ctx.assigned[update.client].arrays if update.client in ctx.assigned else {}
+    own = [name for name in update.arrays if "/" in name and name.partition("/")[0] in ctx.configs]
+    return {name: given[name] for name in own if name in given}
+
+
 def screen(updates: Sequence[Update], state: State, ctx: Context) -> dict[str, str]:
-    """Reject what is no set of weights, names, shapes or dtypes other than those the client was sent, and a kind other
-    than that of most. Where nothing was sent the first update's arrays are the measure.
+    """Reject what is no set of weights, names, shapes or dtypes other than those the client was sent, an unknown random
+    stream, and a kind other than that of most. Where nothing was sent the first update's arrays are the measure.
+
+    A plugin that sends arrays `PLUGIN/...` may be sent such arrays back, and judges them itself.
     """
     first = theta(updates[0].arrays) if updates else {}
     reasons = {}
     for update in updates:
         if update.kind not in KINDS:
             reasons[update.client] = f"kind {update.kind[:40]!r} is no set of weights"
-        elif problem := check_update(update, state, update.client, sent(update.client, state, ctx) or first):
+            continue
+        expected = {**(sent(update.client, state, ctx) or first), **beside(update, ctx)}
+        if update.rng not in ("", RNG_ID):
+            reasons[update.client] = f"draws from {update.rng[:40]!r}, not from {RNG_ID!r}"
+        elif problem := check_update(update, state, update.client, expected):
             reasons[update.client] = problem
     kinds = [update.kind for update in updates if update.client not in reasons]
     most = max(KINDS, key=kinds.count)
@@ -55,11 +73,12 @@ def shares(updates: Sequence[Update], weighting: str = "examples", cap: int = 0)
 
 
 def ordered(updates: Sequence[Update]) -> list[Update]:
-    """Sorted by client. FederationError when they are not all of one kind that is a set of weights."""
+    """Sorted by client, with nothing but theta. FederationError when they are not all of one kind that is a set of
+    weights."""
     kinds = {update.kind for update in updates}
     if len(kinds) != 1 or not kinds <= set(KINDS):
         raise FederationError(f"cannot combine updates of kind {', '.join(sorted(kinds))}", "aggregate")
-    return sorted(updates, key=lambda update: update.client)
+    return [replace(update, arrays=theta(update.arrays)) for update in sorted(updates, key=lambda u: u.client)]
 
 
 def values(update: Update, state: State, ctx: Context) -> dict[str, Array]:

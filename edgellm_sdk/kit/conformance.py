@@ -29,6 +29,8 @@ from edgellm_sdk.kit.conformance_runs import require
 Check = Callable[[], None]
 
 HEAVY = ("torch", "transformers", "peft", "tokenizers", "llama_cpp", "flwr", "scipy", "pandas")
+REPEATED = ("order_of_arrival_is_nothing", "nan_changes_nothing", "rounds_resume")
+ALONE = ("finetune_repeats", "finetune_keeps_its_inputs", "nan_changes_nothing")
 SCRIPT = (
     "import importlib, sys; importlib.import_module(sys.argv[1]); print(*(m for m in sys.argv[2:] if m in sys.modules))"
 )
@@ -61,12 +63,18 @@ def checks(name: str, options: Mapping[str, Any] | None = None) -> list[Check]:
     federated: Sequence[Callable[[runs.Subject], None]] = (
         runs.order_of_arrival_is_nothing, runs.nan_changes_nothing, runs.rounds_resume,
     )  # fmt: skip
-    if {"edgellm_finetune", "edgellm_aggregate"} & set(loaded.hooks):
+    around = loaded.stages == ("around",)
+    if around:
+        stages.append(("", (runs.finetune_repeats, runs.finetune_keeps_its_inputs)))
+    if around or {"edgellm_finetune", "edgellm_aggregate"} & set(loaded.hooks):
         stages.append(("", federated))
     for hook, functions in stages:
         if not hook or hook in loaded.hooks:
             found += [_named(function.__name__, functools.partial(function, subject)) for function in functions]
-    return found
+    skipped: tuple[str, ...] = () if loaded.plugin.repeats else REPEATED
+    if "edgellm_exchange" in loaded.hooks:  # its clients answer nothing but their server's own messages
+        skipped += ALONE
+    return [check for check in found if check.__name__ not in skipped]
 
 
 def _common(loaded: registry.Loaded) -> list[Check]:
@@ -149,13 +157,18 @@ def import_is_light(loaded: registry.Loaded) -> None:
 
 
 def help_is_shown(loaded: registry.Loaded) -> None:
-    """`edgellm VERB --plugin NAME --help` lists every option."""
+    """`edgellm VERB --plugin NAME --help` lists every option; those of what works around a method are in that one's."""
     stage = (*loaded.stages, "")[0]
     selector = "--device" if stage == "deploy" else "--plugin"
-    words = [stage, selector, loaded.plugin.name, "--help"] if stage else ["plugins", "info", loaded.plugin.name]
+    name = loaded.plugin.name
+    words = [stage, selector, name, "--help"] if stage else ["plugins", "info", name]
+    if stage == "around":
+        words = ["finetune", "--plugin", runs.AROUND[0], "--around", name, "--help"]
     done = _python("-m", "edgellm_sdk.cli.main", *words)
     require(done.returncode == 0, f"--help fails: {done.stderr.strip()[:200]}")
-    absent = [o.flag for o in config.options(loaded.plugin.config) if o.flag[2:] not in done.stdout]
+    prefix = f"{name}-" if stage == "around" else ""
+    flags = [f"{prefix}{o.flag[2:]}" for o in config.options(loaded.plugin.config)]
+    absent = [flag for flag in flags if flag not in done.stdout]
     require(not absent, f"--help does not show {', '.join(absent)}")
 
 

@@ -6,7 +6,7 @@ import functools
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,11 +14,14 @@ from typing import Any
 
 from edgellm_sdk import config, registry, wire
 from edgellm_sdk.context import Context
-from edgellm_sdk.errors import DeviceError, FederationError, Interrupted, ModelError
+from edgellm_sdk.errors import ConfigError, DeviceError, FederationError, Interrupted, ModelError
+from edgellm_sdk.hookspecs import hookimpl
 from edgellm_sdk.types import Artifact, Assignment, Dataset, ModelHandle, Session, State, Update
 
 CLIENTS = ("a", "b", "c")
 ROUNDS = 4
+FROZEN = ", A frozen"  # ends a kind of update that holds B alone
+AROUND = ("lora", {"optimizer": "sgd", "clip": 0.0, "steps": 2})  # what is tested with a plugin that works around one
 TEXTS = (
     ("win a free prize now, call this number today", "spam"),
     ("are you coming home for dinner tonight, mum asks", "ham"),
@@ -33,6 +36,32 @@ def require(true: object, otherwise: str) -> None:
         raise AssertionError(otherwise)
 
 
+class _MadeUp:
+    """A method without a model, for a plain aggregator: theta is a pair of factors (or B alone) and a bias, and what a
+    client sends as `kind` is theta with a change that is drawn, or that change."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind, self.frozen = kind.removesuffix(FROZEN), kind.endswith(FROZEN)
+
+    @hookimpl
+    def edgellm_initialise(self, model: ModelHandle, ctx: Context) -> State:
+        stream = ctx.stream("made up")
+        factors = {"m.lora_A": stream.normal(8).reshape(2, 4), "m.lora_B": stream.normal(12).reshape(6, 2)}
+        if self.frozen:
+            del factors["m.lora_A"]
+        return State(model.digest, 0, {**factors, "b": stream.normal(4)}, {"scale": 2.0})
+
+    @hookimpl
+    def edgellm_finetune(self, data: Dataset, assignment: Assignment, ctx: Context) -> Update:
+        from edgellm_sdk.kit.averaging import theta
+
+        stream, arrays = ctx.stream(f"made up/{assignment.client}", assignment.round), {}
+        for name, array in sorted(theta(assignment.arrays).items()):
+            change = stream.normal(array.size).reshape(array.shape)
+            arrays[name] = array + change if self.kind == "weights" else change
+        return Update(assignment.base, assignment.round, assignment.client, self.kind, arrays, len(data))
+
+
 @dataclass(frozen=True)
 class Subject:
     """The plugin under test with the options it is tested at."""
@@ -40,16 +69,38 @@ class Subject:
     loaded: registry.Loaded
     options: Mapping[str, Any]
 
-    def relay(self) -> Any:
+    def relay(self, kind: str = "delta") -> Any:
+        """The plugin, with one that aggregates if it only trains; with made-up clients that send `kind` if it only
+        aggregates; with LoRA by plain SGD if it works around a method."""
         from edgellm_sdk.relay import Relay
 
-        plugins = [self.loaded]
+        plugins, method = [self.loaded], {}
+        if self.loaded.stages == ("around",):
+            plugins.insert(0, registry.get(AROUND[0], "finetune"))
+            method = {AROUND[0]: AROUND[1]}
         hooks = set(self.loaded.hooks)
         if "edgellm_finetune" in hooks and "edgellm_aggregate" not in hooks:
             plugins.append(registry.get("fedavg", "aggregate"))
-        configs: dict[str, Any] = {p.plugin.name: config.build(p.plugin.config, {}, p.plugin.name) for p in plugins}
+        if "edgellm_aggregate" in hooks and "edgellm_finetune" not in hooks:
+            made_up: Any = _MadeUp(kind)
+            about = registry.Plugin("made-up", "clients of the conformance suite", "1")
+            trains = ("edgellm_finetune", "edgellm_initialise")
+            plugins.insert(0, registry.Loaded(about, made_up, registry.Source("made-up", __name__, "built-in"), trains))
+        configs: dict[str, Any] = {
+            p.plugin.name: config.build(p.plugin.config, method.get(p.plugin.name, {}), p.plugin.name) for p in plugins
+        }
         own: Any = config.build(self.loaded.plugin.config, self.options, self.loaded.plugin.name)
         return Relay(plugins, configs | {self.loaded.plugin.name: own})
+
+    @property
+    def trains(self) -> bool:
+        """Whether its clients train: a method's own, or those that a plugin is put around."""
+        return "edgellm_finetune" in self.loaded.hooks or self.loaded.stages == ("around",)
+
+    @property
+    def clients(self) -> tuple[str, ...]:
+        """Rules that withstand hostile clients refuse small rounds, and made-up clients cost nothing."""
+        return CLIENTS if self.trains else (*CLIENTS, "d", "e")
 
     @functools.cached_property
     def model(self) -> ModelHandle:
@@ -127,9 +178,9 @@ def _context(relay: Any) -> Iterator[Context]:
         torch.set_num_threads(threads)
 
 
-def _shards() -> dict[str, Dataset]:
+def shards_of(clients: Sequence[str] = CLIENTS) -> dict[str, Dataset]:
     data = tiny_data()
-    return {client: data.select(range(k, len(data), len(CLIENTS))) for k, client in enumerate(CLIENTS)}
+    return {client: data.select(range(k, len(data), len(clients))) for k, client in enumerate(clients)}
 
 
 def _contents(folder: Path) -> dict[str, bytes]:
@@ -140,7 +191,7 @@ def _first_updates(subject: Subject) -> tuple[State, list[Assignment], list[Upda
     relay = subject.relay()
     with _context(relay) as ctx:
         start = relay.initialise(subject.model, ctx)
-        shards = _shards()
+        shards = shards_of()
         assigned = relay.assign(start, CLIENTS, {c: len(s) for c, s in shards.items()}, ctx)
         sent = [wire.assignment_from_bytes(wire.assignment_to_bytes(assigned[c]), c) for c in CLIENTS]
         return start, sent, [relay.finetune(subject.model, shards[a.client], a, ctx) for a in sent]
@@ -163,7 +214,7 @@ def finetune_keeps_its_inputs(subject: Subject) -> None:
     relay = subject.relay()
     with _context(relay) as ctx:
         start = relay.initialise(subject.model, ctx)
-        shard = _shards()["a"]
+        shard = shards_of()["a"]
         given = relay.assign(start, ["a"], {"a": len(shard)}, ctx)["a"]
         given = replace(given, arrays={name: array.copy() for name, array in given.arrays.items()})
         raw, examples, state = wire.assignment_to_bytes(given), shard.examples, wire.state_to_bytes(start)
@@ -174,34 +225,17 @@ def finetune_keeps_its_inputs(subject: Subject) -> None:
     require(_contents(subject.model.path) == before, "the model's files were changed")
 
 
-def _engine(subject: Subject, relay: Any, ctx: Context, kind: str) -> Any:
-    """The plugin's own clients, or for a plain aggregator three that send made-up changes of `kind`."""
-    from edgellm_sdk.federate.engine import in_process
-
-    if "edgellm_finetune" in subject.loaded.hooks:
-        return in_process(relay, subject.model, _shards(), ctx)
-
-    def exchange(messages: Mapping[str, bytes]) -> Iterator[tuple[str, bytes]]:
-        for client, raw in messages.items():
-            asked = wire.assignment_from_bytes(raw, client)
-            stream = ctx.stream(f"made up/{client}", asked.round)
-            factors = {"m.lora_A": stream.normal(8).reshape(2, 4), "m.lora_B": stream.normal(12).reshape(6, 2)}
-            arrays = {**factors, "b": stream.normal(4)}
-            made = Update(asked.base, asked.round, client, kind, arrays, 3 + len(client))
-            yield client, wire.update_to_bytes(made)
-
-    return exchange
-
-
 def _run(
     subject: Subject, change: Callable[[Any], Any] = lambda engine: engine, kind: str = "delta", stop: int = 0
 ) -> bytes:
     """The state after all rounds, as bytes. `change` wraps the engine; `stop` interrupts that round, then resumes."""
+    from edgellm_sdk.federate.engine import in_process
     from edgellm_sdk.federate.ledger import Ledger
     from edgellm_sdk.federate.rounds import Plan, resumed, run_rounds
 
-    plan = Plan({client: len(shard) for client, shard in _shards().items()}, len(CLIENTS), ROUNDS)
-    relay = subject.relay()
+    shards = shards_of(subject.clients)
+    plan = Plan({client: len(shard) for client, shard in shards.items()}, len(shards), ROUNDS)
+    relay = subject.relay(kind)
 
     def interrupting(engine: Any) -> Any:
         calls = iter(range(1, ROUNDS + 2))
@@ -218,24 +252,24 @@ def _run(
         start = relay.initialise(subject.model, ctx)
         if stop:
             try:
-                run_rounds(relay, start, plan, interrupting(_engine(subject, relay, ctx, kind)), ctx, ledger)
+                run_rounds(relay, start, plan, interrupting(in_process(relay, subject.model, shards, ctx)), ctx, ledger)
             except Interrupted:
-                relay = subject.relay()
+                relay = subject.relay(kind)
                 ctx = Context(ctx.folder, 7, threads=1, rounds=ROUNDS, configs=dict(relay.configs))
                 start = resumed(ctx, subject.model.digest) or start
                 ledger.keep_until(start.round)
-        final = run_rounds(relay, start, plan, change(_engine(subject, relay, ctx, kind)), ctx, ledger)
+        final = run_rounds(relay, start, plan, change(in_process(relay, subject.model, shards, ctx)), ctx, ledger)
         return wire.state_to_bytes(final)
 
 
 def _kind(subject: Subject) -> str:
     """A kind of update that a plain aggregator accepts."""
-    if "edgellm_finetune" in subject.loaded.hooks:
+    if subject.trains:
         return ""
-    for kind in ("delta", "weights", "lora"):
+    for kind in ("delta", "weights", "lora", f"delta{FROZEN}", f"weights{FROZEN}"):
         try:
             _run(subject, kind=kind)
-        except FederationError:
+        except (ConfigError, FederationError):
             continue
         return kind
     raise AssertionError("it aggregates none of the kinds delta, weights, lora")

@@ -16,13 +16,16 @@ from edgellm_sdk.errors import ConfigError
 from edgellm_sdk.federate.engine import Crowd, Gather, in_process
 from edgellm_sdk.federate.ledger import Ledger
 from edgellm_sdk.federate.partition import partition as deal
+from edgellm_sdk.federate.personal import INDEX, USERS, require_adapter
 from edgellm_sdk.federate.rounds import Plan, Watch, resumed, run_rounds
 from edgellm_sdk.federate.sent import Sent, recorded
 from edgellm_sdk.random import Stream
 from edgellm_sdk.relay import Relay
 from edgellm_sdk.report import Meter, Report
 from edgellm_sdk.settings import Finetune
+from edgellm_sdk.steps import fleet
 from edgellm_sdk.steps.examples import training_data
+from edgellm_sdk.steps.fleet import Fleet
 from edgellm_sdk.steps.step import Outcome, Step, prepare
 from edgellm_sdk.types import Dataset, Metric, ModelHandle, Profile, State
 
@@ -89,8 +92,11 @@ def here(job: Job, train: Dataset, indices: Mapping[str, list[int]], profiles: M
     @contextmanager
     def gather(relay: Relay, model: ModelHandle, ctx: Context) -> Iterator[Crowd]:
         shards = {client: train.select(rows) for client, rows in indices.items()}
+        steps = job.asked.personalise
+        own = Fleet(shards, job.asked.kept_aside, steps, ctx) if steps else None
+        shards = own.training if own else shards
         sizes = {client: len(shard) for client, shard in shards.items()}
-        yield Crowd(sizes, in_process(relay, model, shards, ctx), profiles)
+        yield Crowd(sizes, in_process(relay, model, shards, ctx), profiles, fleet=own)
 
     return gather
 
@@ -142,6 +148,8 @@ def train(job: Job, gather: Gather, valid: Dataset | None) -> Outcome:
             with gather(relay, handle, ctx) as crowd:
                 ctx.profiles = crowd.profiles
                 start = state if state is not None else relay.initialise(handle, ctx)
+                if crowd.fleet:
+                    require_adapter(relay, handle, start, step.folder / "model", ctx)
                 per_round = min(asked.clients_per_round, len(crowd.clients)) or len(crowd.clients)
                 plan = Plan(crowd.clients, per_round, job.rounds, asked.quorum, watch_every=asked.watch)
                 engine = recorded(crowd.engine, Sent(step.folder, KEPT_WIRE)) if asked.keep_wire else crowd.engine
@@ -151,10 +159,13 @@ def train(job: Job, gather: Gather, valid: Dataset | None) -> Outcome:
                 report.tables += crowd.tables()
             tuned = relay.personalise(handle, final, step.folder / "model", ctx)
             measured = relay.measure(final, valid, ctx) if valid is not None else {}
+            records = crowd.fleet.personalised(relay, handle, final) if crowd.fleet else []
         report.finish(meter, ctx)
         describe(report, book, final, measured, {client: told.kind for client, told in ctx.profiles.items()})
+        if records:
+            fleet.describe(report, records)
         relay.report(report, ctx)
-        return step.publish(tuned, report)
+        return step.publish(tuned, report, (USERS, INDEX) if crowd.fleet else ())
 
 
 def describe(

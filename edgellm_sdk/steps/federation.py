@@ -68,6 +68,8 @@ def serve(
     chosen = config.build(
         settings.Finetune, {**step, "output": str(output), "resume": resume, "keep_wire": keep_wire}, "finetune"
     )
+    if chosen.personalise or chosen.engine != "process" or chosen.profiles:
+        raise ConfigError("personalise, engine and profiles are for one machine", str(source), "leave them out")
     job = federated.checked(chosen, options, quiet)
     terms = Terms(
         address, str(keys), insecure, chosen.clients, chosen.quorum, asked.wait, asked.deadline, asked.grace,

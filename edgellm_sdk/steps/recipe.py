@@ -33,7 +33,7 @@ from edgellm_sdk.report import Report
 from edgellm_sdk.steps.delivery import evaluate, export, report_folder
 from edgellm_sdk.steps.step import Outcome
 from edgellm_sdk.steps.training import compress, finetune
-from edgellm_sdk.store import run_folder, write_bytes
+from edgellm_sdk.store import MANIFEST, run_folder, write_bytes
 
 VERBS: Mapping[str, Callable[..., Outcome]] = {
     "finetune": finetune,
@@ -126,7 +126,11 @@ def run(recipe: str | Path, output: str | Path, *, resume: bool = False, quiet: 
             subject = arguments.get(SUBJECT[verb], "")
             latest = next(reversed(results.values()), "")
             arguments[SUBJECT[verb]] = results[subject[1:]] if subject.startswith("@") else subject or latest
-            where = folder / arguments.get("output", f"{name}.gguf") if verb == "export" else folder / name
+            where = (
+                folder / arguments.get("output", name if step.get("users") else f"{name}.gguf")
+                if verb == "export"
+                else folder / name
+            )
             arguments["output"] = where
             outcomes[name] = _do(verb, arguments, where, resume, quiet)
             if verb != "eval":
@@ -139,7 +143,11 @@ def _do(verb: str, arguments: dict[str, Any], where: Path, resume: bool, quiet: 
     if verb in ("finetune", "compress"):
         return VERBS[verb](**arguments, resume=resume, quiet=quiet)
     reports = report_folder(where) if verb == "export" else where
-    if resume and (reports / "report.json").is_file() and (verb == "eval" or where.is_file()):
+    if (
+        resume
+        and (reports / "report.json").is_file()
+        and (verb == "eval" or where.is_file() or (where / MANIFEST).is_file())
+    ):
         return Outcome(Report.read(reports), reports)
     return VERBS[verb](**arguments, quiet=quiet)
 

@@ -11,6 +11,7 @@ from edgellm_sdk.context import Context
 from edgellm_sdk.data import read
 from edgellm_sdk.errors import ConfigError
 from edgellm_sdk.federate.by_hand import combine
+from edgellm_sdk.federate.personal import alone
 from edgellm_sdk.federate.profiles import read as read_profiles
 from edgellm_sdk.relay import Relay
 from edgellm_sdk.report import Meter
@@ -43,6 +44,8 @@ def finetune(
     memory: int = 0,
     hidden: str | Path = "",
     watch: int = 10,
+    personalise: int = 0,
+    kept_aside: float = 0.2,
     engine: str = "process",
     keep_wire: bool = False,
     options: Mapping[str, Any] | None = None,
@@ -54,6 +57,8 @@ def finetune(
     `hidden` keeps hidden states of frozen layers for later runs; every `watch` rounds the state is measured on held-out
     data (0: never). A stopped run goes on with `resume` and ends in the same bytes, whatever the `engine`: `process`
     does one client after the other here, `simulation` is Flower's. `keep_wire` keeps every update as it was sent.
+    `personalise` local steps give every client an adapter of its own in `output/users`, where it helps on what the
+    client kept aside of its examples; `output/users.json` tells who got what.
     `around` names plugins that work around the method, the outermost last. `options` are the method's; those of the
     `device`, of the plugin that aggregates and of those around are tables in it, under their names:
     `{"rank": 4, "llama_cpp": {"contexts": 2}}`.
@@ -64,16 +69,21 @@ def finetune(
         "aggregate": aggregate, "around": around, "balance": balance, "task_prompt": task_prompt, "resume": resume,
         "dry_run": dry_run, "quorum": quorum, "memory": memory, "hidden": str(hidden), "watch": watch,
         "engine": engine, "keep_wire": keep_wire, "profiles": str(profiles),
+        "personalise": personalise, "kept_aside": kept_aside,
     }  # fmt: skip
     job = federated.checked(config.build(settings.Finetune, given, "finetune"), options or {}, quiet)
     train, valid = job.data()
     indices = job.dealt(train)
     if clients_per_round > len(indices):
         raise ConfigError(f"{clients_per_round} clients per round of {len(indices)}", "clients-per-round")
+    if personalise:
+        alone(job.relay, personalise)
     told = read_profiles(Path(profiles), list(indices)) if profiles else {}
     if dry_run:
         return job.step.plan()
     simulated = engine == "simulation"
+    if simulated and personalise:
+        raise ConfigError("--personalise is for the engine process", "engine", "leave --engine out")
     place = federated.in_simulation(job, indices, told) if simulated else federated.here(job, train, indices, told)
     return federated.train(job, place, valid)
 

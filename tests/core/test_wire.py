@@ -104,6 +104,8 @@ MALFORMED = {
     "long name": header({"a" * 256: F32}, b"0" * 4),
     "scalars not a table": header({"__metadata__": {"edgellm": "[]"}}),
     "scalars not JSON": header({"__metadata__": {"edgellm": "{"}}),
+    "scalars of 1e400": header({"__metadata__": {"edgellm": '{"loss": 1e400}'}}),
+    "an integer of 5000 digits": header({"__metadata__": {"edgellm": '{"n": ' + "9" * 5000 + "}"}}),
     "metadata not a table": header({"__metadata__": 3}),
 }
 

@@ -378,7 +378,7 @@ def test_the_loss_falls_and_the_folder_behaves_like_the_state(handle: ModelHandl
     states = rounds_of(handle, shards, config, ctx, 4)
     losses = [loss for _, loss in ctx.curves["training loss over rounds"]]
     assert losses[-1] < 0.5 * losses[0]
-    assert states[-1].scalars == {"forwards": 4 * 2 * 8 * 3, "steps": 32}
+    assert states[-1].scalars == {"forwards": 4 * 2 * 8 * 3, "steps": 32, "scale": 4.0}
     assert [x for x, _ in ctx.curves["training loss over forwards"]] == [48, 96, 144, 192]
     held_out = dataset(16)
     before, after = (backprop.measure(state, held_out, ctx) for state in (states[0], states[-1]))

@@ -34,7 +34,7 @@ from edgellm_sdk.errors import ConfigError, DataError, FederationError
 from edgellm_sdk.kit import adapters, averaging
 from edgellm_sdk.kit.frozen import Frozen, Kept
 from edgellm_sdk.kit.objective import Objective, measured, objective, written
-from edgellm_sdk.types import FOLDED, Array, Arrays, Assignment, Dataset, Metric, ModelHandle, State, Update
+from edgellm_sdk.types import FOLDED, FROZEN, Array, Arrays, Assignment, Dataset, Metric, ModelHandle, State, Update
 
 FORWARDS = 3  # one forward and one backward, in forwards
 Leaves: TypeAlias = dict[str, Tensor]
@@ -138,16 +138,16 @@ def _scored(frozen: Frozen, kept: Kept, hidden: Tensor) -> Tensor:
 
 
 def folded(arrays: Arrays) -> dict[str, Tensor]:
-    """What the LoRAs of an assignment rest on, for `Trainables.set`."""
+    """What an assignment's theta rests on, for `Trainables.set`: frozen arrays and folded LoRAs."""
     return {
-        name: torch.from_numpy(np.array(array, np.float32))[None]
+        name.removeprefix(FROZEN): torch.from_numpy(np.array(array, np.float32))[None]
         for name, array in arrays.items()
-        if name.endswith(FOLDED)
+        if name.startswith(FROZEN) or name.endswith(FOLDED)
     }
 
 
 def exact_slope(frozen: Frozen, chunk: int, beneath: Mapping[str, Tensor] | None = None) -> Slope:
-    """The `Slope` of back-propagation; `beneath` are folded LoRAs."""
+    """The `Slope` of back-propagation; `beneath` is what `folded` gives."""
 
     def slope(step: int, name: str, make: Callable[[], Dataset], leaves: Leaves) -> float:
         for leaf in leaves.values():  # before any activation: gradients made between them would pin the heap
@@ -162,13 +162,15 @@ def exact_slope(frozen: Frozen, chunk: int, beneath: Mapping[str, Tensor] | None
 
 
 class StepRule:
-    """AdamW (betas 0.9 and 0.999, decay first, as torch.optim.AdamW) or SGD with the same decoupled decay.
+    """AdamW (betas 0.9 and 0.999, decay first, as torch.optim.AdamW) or SGD with the same decoupled decay, which spares
+    biases and norm gains.
 
     Works in place on leaves, with two float32 moments a scalar for AdamW and none for SGD.
     """
 
     def __init__(self, leaves: Leaves, kind: str, decay: float = 0.0, eps: float = 1e-8) -> None:
         self.leaves, self.kind, self.decay, self.eps, self.taken = leaves, kind, decay, eps, 0
+        self.rates: list[float] = []
         self.moments = {
             name: (torch.zeros_like(leaf), torch.zeros_like(leaf)) for name, leaf in leaves.items() if kind == "adamw"
         }
@@ -176,11 +178,13 @@ class StepRule:
     @torch.no_grad()
     def step(self, rate: float) -> None:
         self.taken += 1
+        self.rates.append(rate)
         for name, leaf in self.leaves.items():
             gradient = leaf.grad
             if gradient is None:
                 raise RuntimeError(f"{name} got no gradient")
-            leaf.mul_(1 - rate * self.decay)
+            if not name.lower().endswith(("bias", "norm.weight")):
+                leaf.mul_(1 - rate * self.decay)
             if self.kind == "sgd":
                 leaf.sub_(gradient, alpha=rate)
                 continue
@@ -238,11 +242,20 @@ def minibatch(count: int, client: str, step: int, size: int, ctx: Context) -> tu
 
 
 def work(
-    slope: Slope, cost: int, data: Dataset, assignment: Assignment, settings: Options, ctx: Context, eps: float = 1e-8
+    slope: Slope,
+    cost: int,
+    data: Dataset,
+    assignment: Assignment,
+    settings: Options,
+    ctx: Context,
+    eps: float = 1e-8,
+    kind: str = "delta",
+    fresh: bool = False,
 ) -> Update:
     """`settings.steps` steps down `slope`, each costing `cost` forwards, from the theta of `assignment`.
 
-    Its scalars: `loss`, the mean over the steps of the loss before each, `steps` and `forwards`. DataError without
+    `kind` is `delta` or `weights`; the learning rate's schedule runs over all rounds or, `fresh`, anew in each. The
+    scalars: `loss`, the mean over the steps of the loss before each, `steps` and `forwards`. DataError without
     examples, FederationError when a loss is not finite.
     """
     client, count, start = assignment.client, len(data), averaging.theta(assignment.arrays)
@@ -258,19 +271,26 @@ def work(
             raise FederationError("the training loss is not finite", client, "lower the learning rate")
         if ctx.drift is not None:
             drift_apart(leaves, start, ctx.drift)
+            ctx.drift.rates = rule.rates
         clip(leaves, settings.clip)
-        rule.step(learning_rate(step, ctx.rounds * settings.steps, settings))
-    delta: dict[str, Array] = {name: leaf.detach()[0].cpu().numpy() - start[name] for name, leaf in leaves.items()}
+        at, total = (step - first, settings.steps) if fresh else (step, ctx.rounds * settings.steps)
+        rule.step(learning_rate(at, total, settings))
+    found: dict[str, Array] = {name: leaf.detach()[0].cpu().numpy() for name, leaf in leaves.items()}
+    if kind == "delta":
+        found = {name: array - start[name] for name, array in found.items()}
     scalars = {"loss": math.fsum(losses) / len(losses), "steps": len(losses), "forwards": cost * len(losses)}
-    return Update(assignment.base, assignment.round, client, "delta", delta, count, "", scalars)
+    return Update(assignment.base, assignment.round, client, kind, found, count, "", scalars)
 
 
 # The server
 
 
 def initialise(model: ModelHandle, found: Objective) -> State:
-    """theta_0."""
-    return State(model.digest, 0, dict(found.initial), {"forwards": 0, "steps": 0})
+    """theta_0. Of LoRAs the scalars tell the `scale`, alpha / r."""
+    told: dict[str, Any] = {"forwards": 0, "steps": 0}
+    if isinstance(found, Frozen):
+        told["scale"] = found.trainables.spec.scale
+    return State(model.digest, 0, dict(found.initial), told)
 
 
 def screen(

@@ -27,6 +27,7 @@ from edgellm_sdk.kit.whole import Whole
 from edgellm_sdk.types import Array, Assignment, Dataset, Metric, ModelHandle, Session, State, Update
 
 COUNTS = ("forwards", "dropped")
+KIND = "seeds"
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,9 @@ class SpaceMethod(ABC):
         for update in updates:
             found = {name: (array.dtype, array.shape) for name, array in update.arrays.items()}
             counts, loss = [update.scalars.get(name) for name in COUNTS], update.scalars.get("loss")
-            if update.rng != state.scalars["noise"]:
+            if update.kind != KIND:
+                reasons[update.client] = f"kind {update.kind[:40]!r} is not {KIND!r}"
+            elif update.rng != state.scalars["noise"]:
                 reasons[update.client] = f"seeds of noise {update.rng[:40]!r} cannot be replayed"
             elif found != expected:
                 reasons[update.client] = "does not carry the arrays it was asked for"
@@ -168,7 +171,7 @@ def update_of(
     arrays: dict[str, Array] = {"scalar": np.stack([probe.scalars for probe in probes]).astype(np.float32)}
     counts = {"forwards": sum(p.forwards for p in probes), "dropped": sum(p.dropped for p in probes)}
     told = {**counts, "loss": round(float(np.mean(losses)), 6), **scalars}
-    return Update(assignment.base, assignment.round, assignment.client, "seeds", arrays, examples, noise, told)
+    return Update(assignment.base, assignment.round, assignment.client, KIND, arrays, examples, noise, told)
 
 
 def advanced(state: State, updates: Sequence[Update], steps: int, ctx: Context, goal: Goal = LOSS) -> dict[str, Any]:

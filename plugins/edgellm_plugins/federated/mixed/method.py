@@ -202,7 +202,7 @@ def screen(updates: Sequence[Update], state: State, ctx: Context) -> dict[str, s
         loss = update.scalars.get("loss")
         if update.kind != ("scalars" if by_scalars else "delta"):
             reasons[update.client] = f"kind {update.kind[:40]!r} is not the work it was given"
-        elif by_scalars and update.rng != estimator.noise_id():
+        elif update.rng != (estimator.noise_id() if by_scalars else ""):
             reasons[update.client] = f"directions of noise {update.rng[:40]!r} cannot be drawn again"
         elif counts != (config.steps, config.steps * cost) or any(type(count) is not int for count in counts):
             reasons[update.client] = "claims other steps than it was asked for"

@@ -1,0 +1,45 @@
+"""FedAdagrad: Adagrad on the server (arXiv 2003.00295)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from edgellm_plugins.aggregation.options import Adaptive
+from edgellm_sdk.config import opt
+from edgellm_sdk.hookspecs import hookimpl
+from edgellm_sdk.registry import Plugin
+
+if TYPE_CHECKING:
+    from edgellm_sdk.context import Context
+    from edgellm_sdk.types import State, Update
+
+
+@dataclass(frozen=True)
+class Config(Adaptive):
+    server_rate: float = opt(1e-2, "eta, the server's step", ge=0)
+    beta1: float = opt(0.0, "decay of the mean of changes; 0 is Adagrad itself", ge=0, le=0.999999)
+
+
+PLUGIN = Plugin(
+    name="fedadagrad",
+    summary="Adagrad over the rounds on the clients' weighted mean change",
+    version="0.1.0",
+    config=Config,
+    paper="arXiv 2003.00295",
+)
+
+
+@hookimpl
+def edgellm_screen(updates: Sequence[Update], state: State, ctx: Context) -> Mapping[str, str]:
+    from edgellm_sdk.kit.averaging import screen
+
+    return screen(updates, state, ctx)
+
+
+@hookimpl
+def edgellm_aggregate(state: State, updates: Sequence[Update], config: Config, ctx: Context) -> State:
+    from edgellm_plugins.aggregation.fedadagrad.method import aggregate
+
+    return aggregate(state, updates, config, ctx)

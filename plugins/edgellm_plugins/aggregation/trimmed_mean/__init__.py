@@ -1,0 +1,54 @@
+"""The coordinate-wise trimmed mean (arXiv 1803.01498)."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from edgellm_plugins.aggregation.options import Byzantine
+from edgellm_sdk.hookspecs import hookimpl
+from edgellm_sdk.registry import Plugin
+
+if TYPE_CHECKING:
+    from edgellm_sdk.context import Context
+    from edgellm_sdk.types import Assignment, State, Update
+
+
+@dataclass(frozen=True)
+class Config(Byzantine):
+    """f alone."""
+
+
+PLUGIN = Plugin(
+    name="trimmed-mean",
+    summary="mean of client changes without the f largest and smallest at each coordinate",
+    version="0.1.0",
+    config=Config,
+    paper="arXiv 1803.01498",
+)
+
+
+@hookimpl(wrapper=True)
+def edgellm_assign(
+    state: State, clients: Sequence[str], ctx: Context
+) -> Generator[None, Mapping[str, Assignment], Mapping[str, Assignment]]:
+    from edgellm_plugins.aggregation import robust
+
+    robust.enough(ctx.configs[PLUGIN.name].byzantine, len(clients), 2, 1, PLUGIN.name)
+    robust.one_by_one(state.arrays, PLUGIN.name)
+    return (yield)
+
+
+@hookimpl
+def edgellm_screen(updates: Sequence[Update], state: State, ctx: Context) -> Mapping[str, str]:
+    from edgellm_sdk.kit.averaging import screen
+
+    return screen(updates, state, ctx)
+
+
+@hookimpl
+def edgellm_aggregate(state: State, updates: Sequence[Update], config: Config, ctx: Context) -> State:
+    from edgellm_plugins.aggregation.trimmed_mean.method import aggregate
+
+    return aggregate(state, updates, config, ctx)
