@@ -345,7 +345,7 @@ def _verify(
         if adapter is None:
             weights = ledger.compare_weights(handle, file)
         else:
-            weights = ledger.compare_adapter(handle.adapters[-1], file, read(adapter))
+            weights = ledger.compare_adapter(handle.adapters[-1] if handle.adapters else None, file, read(adapter))
         if tolerance is None:
             types = ledger.tensor_types(file)
             tolerance = tolerance_for(types, weights.rounded if weights else tuple(types))

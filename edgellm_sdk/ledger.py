@@ -225,8 +225,9 @@ def compare_weights(handle: ModelHandle, file: GGUFFile) -> WeightReport | None:
     return WeightReport(len(seen), worst, ratio, tuple(sorted(rounded)), tuple(problems))
 
 
-def compare_adapter(folder: Path, base: GGUFFile, file: GGUFFile) -> WeightReport:
-    """Both factors of every matrix in a LoRA folder against those of an adapter file for `base`, alpha / r in B."""
+def compare_adapter(folder: Path | None, base: GGUFFile, file: GGUFFile) -> WeightReport:
+    """Both factors of every matrix in a LoRA folder (None: an empty one) against those of an adapter file for `base`,
+    alpha / r in B."""
     import numpy as np
 
     from edgellm_sdk.kit import adapters
@@ -236,7 +237,7 @@ def compare_adapter(folder: Path, base: GGUFFile, file: GGUFFile) -> WeightRepor
         "attn_k": int(base.metadata.get("llama.attention.head_count_kv", 0)),
     }
     problems, seen, rounded, worst, ratio = [], set[str](), set[str](), "", 0.0
-    for name, array in adapters.arrays(folder).items():
+    for name, array in (adapters.arrays(folder) if folder is not None else {}).items():
         module, _, side = name.rpartition(".lora_")
         stem = gguf_name(f"{module}.weight")
         target = f"{stem}.lora_{side.lower()}"
@@ -246,7 +247,7 @@ def compare_adapter(folder: Path, base: GGUFFile, file: GGUFFile) -> WeightRepor
         seen.add(target)
         want, info = np.asarray(array, np.float32), file.tensors[target]
         part = stem.split(".")[-2]
-        if side == "B":
+        if side == "B" and folder is not None:
             rank = want.shape[1]
             want = want * np.float32(adapters.lora_scale(folder, module) * rank / file.metadata["adapter.lora.alpha"])
             want = interleave(want, heads[part]) if heads.get(part) else want

@@ -173,7 +173,8 @@ def _context(relay: Any) -> Iterator[Context]:
     torch.set_num_threads(1)
     try:
         with tempfile.TemporaryDirectory(dir=_workshop().name) as folder:
-            yield Context(Path(folder), seed=7, threads=1, rounds=ROUNDS, configs=dict(relay.configs))
+            configs = dict(relay.configs)
+            yield Context(Path(folder), seed=7, threads=1, rounds=ROUNDS, configs=configs, model=tiny_model())
     finally:
         torch.set_num_threads(threads)
 
@@ -190,6 +191,7 @@ def _contents(folder: Path) -> dict[str, bytes]:
 def _first_updates(subject: Subject) -> tuple[State, list[Assignment], list[Update]]:
     relay = subject.relay()
     with _context(relay) as ctx:
+        ctx.model = subject.model
         start = relay.initialise(subject.model, ctx)
         shards = shards_of()
         assigned = relay.assign(start, CLIENTS, {c: len(s) for c, s in shards.items()}, ctx)
@@ -213,6 +215,7 @@ def finetune_keeps_its_inputs(subject: Subject) -> None:
     before = _contents(subject.model.path)
     relay = subject.relay()
     with _context(relay) as ctx:
+        ctx.model = subject.model
         start = relay.initialise(subject.model, ctx)
         shard = shards_of()["a"]
         given = relay.assign(start, ["a"], {"a": len(shard)}, ctx)["a"]
@@ -249,13 +252,14 @@ def _run(
 
     with _context(relay) as ctx:
         ledger = Ledger(ctx.folder / "ledger.jsonl")
+        ctx.model = subject.model
         start = relay.initialise(subject.model, ctx)
         if stop:
             try:
                 run_rounds(relay, start, plan, interrupting(in_process(relay, subject.model, shards, ctx)), ctx, ledger)
             except Interrupted:
                 relay = subject.relay(kind)
-                ctx = Context(ctx.folder, 7, threads=1, rounds=ROUNDS, configs=dict(relay.configs))
+                ctx = Context(ctx.folder, 7, threads=1, rounds=ROUNDS, configs=dict(relay.configs), model=subject.model)
                 start = resumed(ctx, subject.model.digest) or start
                 ledger.keep_until(start.round)
         final = run_rounds(relay, start, plan, change(in_process(relay, subject.model, shards, ctx)), ctx, ledger)

@@ -146,5 +146,6 @@ def test_an_adapter_file_is_held_against_both_factors_of_its_source(folder: Path
     assert ledger.compare_adapter(tmp_path / "scale", base, gguf_file.read(own)).ratio > 1
     fewer = {name: array for name, array in factors(0).items() if "k_proj" not in name}
     adapters.write_arrays(tmp_path / "fewer", SPEC, fewer, {"path": str(source.path), "digest": "", "name": ""})
+    assert len(ledger.compare_adapter(None, base, gguf_file.read(own)).problems) == 6
     report = ledger.compare_adapter(tmp_path / "fewer", base, gguf_file.read(own))
     assert sorted(report.problems) == [f"blk.1.attn_k.weight.lora_{side} has no source" for side in "ab"]

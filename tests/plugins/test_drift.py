@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,8 +14,9 @@ from edgellm_plugins.federated.scaffold import method as scaffold
 from edgellm_plugins.training import backprop
 from edgellm_plugins.training.options import Options
 
+import edgellm_sdk as edgellm
 from edgellm_sdk import config as options
-from edgellm_sdk import models, registry, wire
+from edgellm_sdk import models, registry, store, wire
 from edgellm_sdk.context import Context
 from edgellm_sdk.errors import ConfigError
 from edgellm_sdk.federate.engine import in_process
@@ -300,3 +302,21 @@ def test_a_client_without_its_variate_is_left_out_with_the_reason(tmp_path: Path
     assert "control variate" in reasons["c"] or "float32[2]" in reasons["c"]
     kept = ctx.recall("a", "scaffold", 99)
     assert kept is not None and float(final.arrays["server/scaffold/x"][0]) == pytest.approx(float(kept[0]["x"][0]) / 3)
+
+
+def test_a_whole_run_with_everything_around_it(handle: ModelHandle, tmp_path: Path) -> None:
+    """From the options to the report: FedAdam on the server, a proximal term and control variates on the clients."""
+    rows = [{"text": f"see you at {k}", "label": ("a", "b")[k % 2]} for k in range(24)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = edgellm.finetune(
+        "lora-fa", str(handle.path), str(tmp_path / "data.jsonl"), tmp_path / "run", clients=3, rounds=2, watch=0,
+        aggregate="fedadam", around="fedprox,scaffold",
+        options={**TINY, **SGD, "fedprox": {"mu": 0.1}, "fedadam": {"server_rate": 0.01}},
+    )  # fmt: skip
+    assert done.report.rejected == [] and done.model is not None
+    saved = store.load_arrays(tmp_path / "run" / "model" / "adapter_model.safetensors")[0]
+    assert not any("server/" in name or "scaffold" in name for name in saved)
+    theta = sum(array.nbytes for name, array in saved.items() if "lora_B" in name)
+    assert {row["up_payload"] for row in done.report.bytes.values()} == {2 * 2 * theta}
+    state, _ = store.load_arrays(tmp_path / "run" / "checkpoint" / "state.safetensors")
+    assert {name.split("/")[1] for name in state if "/" in name} == {"u", "v", "scaffold"}

@@ -286,9 +286,9 @@ def work(
 
 
 def initialise(model: ModelHandle, found: Objective) -> State:
-    """theta_0. Of LoRAs the scalars tell the `scale`, alpha / r."""
+    """theta_0. Where A and B train, the scalars tell their `scale`, alpha / r."""
     told: dict[str, Any] = {"forwards": 0, "steps": 0}
-    if isinstance(found, Frozen):
+    if isinstance(found, Frozen) and found.trainables.spec.kind == "lora":
         told["scale"] = found.trainables.spec.scale
     return State(model.digest, 0, dict(found.initial), told)
 
