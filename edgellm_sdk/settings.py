@@ -38,6 +38,8 @@ class Finetune:
     memory: int = opt(0, "budget for what a method may keep in memory; 0 sets none", unit="MB", ge=0)
     hidden: str = opt("", "folder that keeps frozen layers' hidden states for later runs; they tell of the texts")
     watch: int = opt(10, "measure on held-out data every so many rounds; 0 never", unit="rounds", ge=0)
+    engine: str = opt("process", "process, or simulation: Flower's, on all cores", choices=("process", "simulation"))
+    keep_wire: bool = opt(False, "keep every update as it was sent, for edgellm audit wire")
     personalise: int = opt(
         0, "local steps (rounds, for a method without) of every client after the federation, for an adapter of its own",
         unit="steps", ge=0, le=1_000_000,
@@ -141,6 +143,44 @@ class Compare:
     partition: str = opt("iid", "how the data is dealt: iid, dirichlet:ALPHA, skew:ALPHA, label:K or user")
     balance: bool = opt(False, BALANCE)
     task_prompt: str = opt("", TASK_PROMPT)
+
+
+@dataclass(frozen=True)
+class Keys:
+    clients: int = opt(0, "how many clients get a key; existing keys are kept", ge=0, le=10_000)
+    host: str = opt("", "names and addresses by which clients will reach the server, comma-separated")
+    revoke: str = opt("", "clients that are no longer admitted, comma-separated")
+
+
+@dataclass(frozen=True)
+class Serve:
+    output: str = opt("", "run folder to write")
+    address: str = opt("127.0.0.1:9092", "where to listen, as HOST:PORT; 0.0.0.0:PORT for every network")
+    keys: str = opt("", "the server's folder of those that `edgellm federation keys` made")
+    insecure: bool = opt(False, "no TLS and no keys; on loopback only, and the report says so")
+    wait: float = opt(300.0, "how long to wait for the recipe's clients", unit="s", ge=1, le=604_800)
+    deadline: float = opt(3600.0, "of one round; who is silent then is left out", unit="s", ge=1, le=604_800)
+    grace: float = opt(15.0, "how long a client may be away before its round goes on without it", unit="s", ge=0)
+    limit: int = opt(1024, "largest message", unit="MB", ge=1, le=65_536)
+    keep_wire: bool = opt(False, "keep every update as it came, for edgellm audit wire")
+    resume: bool = opt(False, RESUME)
+
+
+@dataclass(frozen=True)
+class Join:
+    data: str = opt("", DATA + "; it stays here")
+    output: str = opt("", "run folder to write: what was sent, and the personalised model")
+    model: str = opt("", MODEL + "; empty takes the server's, if that is a hub id or the alias")
+    keys: str = opt("", "this client's folder of those that `edgellm federation keys` made")
+    insecure: bool = opt(False, "no TLS and no keys; on loopback only")
+    name: str = opt("", "this client's name; with keys it is that of the certificate")
+    plugin: str = opt("", "take part only if this is the method; empty takes any that is installed")
+    shard: str = opt("", "I/N: use only part I (from 0) of the data, as dealt to N clients; for trying things out")
+    device: str = opt("cpu", "cpu or cuda, or a backend that only infers")
+    memory: int = opt(0, "budget for what a method may keep in memory; 0 sets none", unit="MB", ge=0)
+    patience: float = opt(600.0, "how long the server may be away", unit="s", ge=0, le=604_800)
+    keep: int = opt(1024, "keep what was sent up to this size; the list is always whole", unit="MB", ge=1)
+    resume: bool = opt(False, "take part again with a folder that was used before")
 
 
 IN_RECIPES = {"finetune": Finetune, "compress": Compress, "export": Export, "eval": Evaluate}

@@ -25,9 +25,10 @@ CHECKPOINT = "state"
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a client sent nothing usable."""
+    """Why a client sent nothing usable. `reached` says whether its assignment got to it."""
 
     reason: str
+    reached: bool = True
 
 
 Engine: TypeAlias = Callable[[Mapping[str, bytes]], Iterable[tuple[str, "bytes | Failure"]]]
@@ -68,6 +69,8 @@ class Traffic:
             if client in waiting:
                 waiting.remove(client)
                 self.up[client] = self.up.get(client, 0) + (0 if isinstance(reply, Failure) else len(reply))
+                if isinstance(reply, Failure) and not reply.reached:
+                    self.down[client] -= len(messages[client])
             yield client, reply
 
 
@@ -211,12 +214,15 @@ def _collect(
     reasons: dict[str, str] = {}
     received: set[str] = set()
     payload: dict[str, int] = {}
+    unreached: set[str] = set()
     for client, reply in replies:
         if client not in sent or client in received:
             continue
         received.add(client)
         if isinstance(reply, Failure):
             reasons[client] = reply.reason
+            if not reply.reached:
+                unreached.add(client)
             continue
         try:
             update = wire.update_from_bytes(reply, client)
@@ -242,7 +248,7 @@ def _collect(
         Line(
             client,
             down=traffic.down.get(client, 0),
-            down_payload=wire.payload_bytes(assignments[client].arrays),
+            down_payload=0 if client in unreached else wire.payload_bytes(assignments[client].arrays),
             up=traffic.up.get(client, 0),
             up_payload=payload.get(client, 0),
             rejected=reasons.get(client, ""),
