@@ -392,6 +392,8 @@ def test_from_a_file_of_instructions_to_a_model(template: str, handle: ModelHand
     )
     curve = [loss for _, loss in outcome.report.curves["validation loss over rounds"]]
     assert len(curve) == 5 and curve[-1] < 0.7 * curve[0]
+    errors = [error for _, error in outcome.report.curves["aggregation error over rounds"]]
+    assert len(errors) == 4 and all(0 < error < 1 for error in errors)
     assert outcome.report.metrics["uploaded"].value == 4 * 3 * 4 * sum(
         array.size for array in method.initialise(handle, Config(**SMALL), context(tmp_path, Config())).arrays.values()
     )
