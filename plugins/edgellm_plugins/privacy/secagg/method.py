@@ -37,8 +37,7 @@ from edgellm_sdk.types import Array, Assignment, Dataset, State, Update
 KEY = "secagg"
 ROWS = f"{KEY}/sealed"
 LEAST = 3
-LOSSES = 64.0
-"""The grid of losses reaches this far: nats."""
+LOSSES = 64.0  # nats: how far the grid of losses reaches
 COUNTS = ("steps", "forwards", "alone")
 NOTE = "secure aggregation: only sums were seen, so that no single update was screened"
 Terms: TypeAlias = Mapping[str, Any]
