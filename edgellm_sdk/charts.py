@@ -109,9 +109,9 @@ def grid(title: str, rows: Mapping[str, str], colours: Mapping[str, str]) -> str
     return f'<figure class="grid">{svg}</figure>'
 
 
-def _figure(title: str, keys: str, body: str) -> str:
+def _figure(title: str, keys: str, body: str, height: int = HEIGHT) -> str:
     label = escape(title, quote=True)
-    svg = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{body}</svg>'
+    svg = f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{label}">{body}</svg>'
     return f'<figure><figcaption>{escape(title)}</figcaption><div class="keys">{keys}</div>{svg}</figure>'
 
 
@@ -216,3 +216,30 @@ def scatter(title: str, x_label: str, dots: Sequence[Dot], share: bool) -> str:
         side = f'x="{x + 10:.1f}"' if right else f'x="{x - 10:.1f}" text-anchor="end"'
         parts.append(f'<text class="name" {side} y="{line:.1f}">{escape(dot.name)}</text>')
     return _figure(title, "", "".join(parts))
+
+
+def ranges(title: str, x_label: str, rows: Sequence[tuple[str, Mapping[str, float], str]]) -> str:
+    """One line for each (name, values by series, the series that counts): all its values, that one drawn large."""
+    series = list(dict.fromkeys(key for _, values, _ in rows for key in values))
+    left, line = 130, 20
+    base = TOP + line * len(rows)
+    across = axis([value for _, values, _ in rows for value in values.values()], left, WIDTH - RIGHT)
+    parts = []
+    for tick in across.ticks():
+        x = across.at(tick)
+        parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{base}"/>')
+        parts.append(f'<text x="{x:.1f}" y="{base + 17}" text-anchor="middle">{escape(short(tick))}</text>')
+    for number, (name, values, counts) in enumerate(rows):
+        y = TOP + line * (number + 0.5)
+        shown = name if len(name) <= 18 else f"{name[:17]}\u2026"
+        parts.append(f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{escape(shown)}</text>')
+        ends = [across.at(value) for value in values.values()]
+        parts.append(f'<line class="axis" x1="{min(ends):.1f}" x2="{max(ends):.1f}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        for key, value in values.items():
+            told, radius = escape(f"{name}, {key}: {short(value)}"), 6 if key == counts else 3
+            place = f'cx="{across.at(value):.1f}" cy="{y:.1f}" r="{radius}"'
+            parts.append(f'<circle {place} fill="var(--c{series.index(key)})"><title>{told}</title></circle>')
+    parts.append(
+        f'<text x="{(left + WIDTH - RIGHT) / 2:.0f}" y="{base + 34}" text-anchor="middle">{escape(x_label)}</text>'
+    )
+    return _figure(title, _keys(series), "".join(parts), base + 42)

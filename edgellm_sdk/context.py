@@ -159,9 +159,13 @@ class Context:
 
     def remember(self, client: str, name: str, round: int, arrays: Arrays, scalars: Mapping[str, Any]) -> None:
         """Keep what `client` alone knows after `round`, and what it knew one turn before, on the client's own disk."""
-        from edgellm_sdk.store import save_arrays
+        from edgellm_sdk.store import save_arrays, storage_error
 
         folder = self._memory_of(client)
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise storage_error(error, folder) from error
         save_arrays(folder / f"{name}-{round:08d}.safetensors", arrays, scalars)
         for old in sorted(folder.glob(f"{name}-*.safetensors"))[:-2]:
             old.unlink(missing_ok=True)

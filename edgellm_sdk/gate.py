@@ -319,19 +319,19 @@ def verify_export(
     if not prompts:
         raise ConfigError("the gate needs at least one prompt")
     if artifact.verified.get("kind") != "adapter":
-        return _verify(handle, artifact.path, {}, ctx, prompts, tolerance)
+        return _verify(handle, artifact.path, None, ctx, prompts, tolerance)
     near = ctx.folder if ctx.folder.is_dir() else None
     with tempfile.TemporaryDirectory(prefix=".gate.", suffix=".tmp", dir=near) as folder:
         if base is None:
             relay = _relay(artifact.target, {"type": "f32", "modelfile": False})
             base = relay.export(replace(handle, adapters=()), Path(folder) / "base.gguf", ctx).path
-        return _verify(handle, base, {"adapters": str(artifact.path)}, ctx, prompts, tolerance or HALF)
+        return _verify(handle, base, artifact.path, ctx, prompts, tolerance or HALF)
 
 
 def _verify(
     handle: ModelHandle,
     path: Path,
-    options: Mapping[str, Any],
+    adapter: Path | None,
     ctx: Context,
     prompts: Sequence[Prompt],
     tolerance: Tolerance | None,
@@ -342,12 +342,19 @@ def _verify(
     try:
         file = read(path)
         expected, found = ledger.expected_facts(handle), ledger.found_facts(file)
-        weights = None if options else ledger.compare_weights(handle, file)
+        if adapter is None:
+            weights = ledger.compare_weights(handle, file)
+        else:
+            weights = ledger.compare_adapter(handle.adapters[-1] if handle.adapters else None, file, read(adapter))
         if tolerance is None:
             types = ledger.tensor_types(file)
             tolerance = tolerance_for(types, weights.rounded if weights else tuple(types))
-        subject = Artifact((path,), ("",), "gguf", "llama_cpp", handle.digest)
-        candidate = _relay("llama_cpp", options).deploy(subject, "llama_cpp", ctx)
+        files = (path, adapter) if adapter else (path,)
+        subject = Artifact(files, ("",) * len(files), "gguf", "llama_cpp", handle.digest)
+        candidate = _relay("llama_cpp", {}).deploy(subject, "llama_cpp", ctx)
+        if adapter is not None:
+            adaptable: Any = candidate
+            adaptable.adapt([(adapter.absolute(), 1.0)])
         reference = _relay("cpu", {}).deploy(handle, "cpu", ctx)
         expected["add_bos"] = reference.prompt_ids(TEXTS[0]) != reference.encode(TEXTS[0])
         return check(reference, candidate, prompts, tolerance, expected, found, weights)

@@ -8,20 +8,22 @@ names. Returning None means "not mine".
 What works around another method (clipping, noise, masks, a proximal term) is named in `--around`, outermost last. It
 implements `edgellm_prepare` and `edgellm_incoming`, and `edgellm_assign`, `edgellm_finetune` or `edgellm_aggregate`
 with `@hookimpl(wrapper=True)`: `result = yield`, then return what the next one out is to see. A wrapper finds its own
-options in `ctx.configs`.
+options in `ctx.configs`. One that needs more than a message and a reply in a round implements `edgellm_exchange` on the
+server and `edgellm_answer` on the clients.
 
 Keep the plugin's `__init__.py` light: import torch and the like inside the hook, or in `method.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pluggy
 
 if TYPE_CHECKING:
     from edgellm_sdk.context import Context
+    from edgellm_sdk.federate.rounds import Engine, Failure
     from edgellm_sdk.kit.adapters import Spec
     from edgellm_sdk.kit.objective import Objective
     from edgellm_sdk.report import Report
@@ -48,6 +50,16 @@ def edgellm_initialise(model: ModelHandle, config: Any, ctx: Context) -> State |
 
 
 @hookspec(firstresult=True)
+def edgellm_cohort(
+    clients: Sequence[str], count: int, cohort: int, attempt: int, config: Any, ctx: Context
+) -> Sequence[str] | None:
+    """Who takes part in a round: about `count` of the enrolled `clients`.
+
+    Optional; the default draws exactly `count` from the run's seed, the same for one `cohort` and `attempt`.
+    """
+
+
+@hookspec(firstresult=True)
 def edgellm_assign(
     state: State, clients: Sequence[str], data: Mapping[str, int], config: Any, ctx: Context
 ) -> Mapping[str, Assignment] | None:
@@ -55,6 +67,22 @@ def edgellm_assign(
 
     `data` maps every client to the number of examples it enrolled with. Optional; the default sends `state.arrays`.
     """
+
+
+@hookspec(firstresult=True)
+def edgellm_exchange(
+    messages: Mapping[str, bytes], engine: Engine, state: State, config: Any, ctx: Context
+) -> Iterable[tuple[str, bytes | Failure]] | None:
+    """On the server: the replies to a round's `messages`, for plugins that need more than one message for a reply.
+
+    `engine` carries one message to each client and may be called as often as needed. Optional; the default calls it
+    once.
+    """
+
+
+@hookspec(firstresult=True)
+def edgellm_answer(data: Dataset, assignment: Assignment, config: Any, ctx: Context) -> Update | None:
+    """On the client, before anything else: the reply to a message of `edgellm_exchange` that asks for no training."""
 
 
 @hookspec

@@ -225,6 +225,45 @@ def compare_weights(handle: ModelHandle, file: GGUFFile) -> WeightReport | None:
     return WeightReport(len(seen), worst, ratio, tuple(sorted(rounded)), tuple(problems))
 
 
+def compare_adapter(folder: Path | None, base: GGUFFile, file: GGUFFile) -> WeightReport:
+    """Both factors of every matrix in a LoRA folder (None: an empty one) against those of an adapter file for `base`,
+    alpha / r in B."""
+    import numpy as np
+
+    from edgellm_sdk.kit import adapters
+
+    heads = {
+        "attn_q": int(base.metadata.get("llama.attention.head_count", 0)),
+        "attn_k": int(base.metadata.get("llama.attention.head_count_kv", 0)),
+    }
+    problems, seen, rounded, worst, ratio = [], set[str](), set[str](), "", 0.0
+    for name, array in (adapters.arrays(folder) if folder is not None else {}).items():
+        module, _, side = name.rpartition(".lora_")
+        stem = gguf_name(f"{module}.weight")
+        target = f"{stem}.lora_{side.lower()}"
+        if stem is None or target not in file.tensors:
+            problems.append(f"{name} is not in the file")
+            continue
+        seen.add(target)
+        want, info = np.asarray(array, np.float32), file.tensors[target]
+        part = stem.split(".")[-2]
+        if side == "B" and folder is not None:
+            rank = want.shape[1]
+            want = want * np.float32(adapters.lora_scale(folder, module) * rank / file.metadata["adapter.lora.alpha"])
+            want = interleave(want, heads[part]) if heads.get(part) else want
+        if tuple(reversed(info.shape)) != want.shape:
+            problems.append(f"{target} has shape {info.shape[::-1]}, not {want.shape}")
+            continue
+        distance, exact = _distance(file, target, want)
+        if not exact:
+            rounded.add(info.type)
+        bound = _EXACT.get(info.type, _LOSSIEST)
+        if not distance / bound <= ratio:
+            worst, ratio = f"{target} ({info.type}) is off by {distance:.2g}, bound {bound:g}", distance / bound
+    problems += [f"{name} has no source" for name in sorted(set(file.tensors) - seen)]
+    return WeightReport(len(seen), worst, ratio, tuple(sorted(rounded)), tuple(problems))
+
+
 def _distance(file: GGUFFile, name: str, want: Float32) -> tuple[float, bool]:
     """(relative Frobenius distance to the source or to its rounding, the smaller; whether it is the source exactly)."""
     import gguf

@@ -29,6 +29,7 @@ FIRST_METRICS = (
     "uploaded",
     "downloaded",
 )
+USERS_LOSSES = ("base", "global", "own")
 X_LABELS = {"forwards": "perturbed inferences", "seconds": "seconds", "rounds": "rounds", "steps": "accepted steps"}
 FAMILIES = ("loss", "accuracy", "perplexity", "variance", "perturbations")
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e-?\d+)?")
@@ -190,9 +191,21 @@ def _tables(tables: Sequence[Mapping[str, Any]]) -> str:
     parts = []
     for entry in tables:
         parts.append(f"<h3>{escape(str(entry.get('title', '')))}</h3>{table(entry['columns'], entry['rows'])}")
-        drawn = _size_against_accuracy(entry["columns"], entry["rows"])
+        drawn = _size_against_accuracy(entry["columns"], entry["rows"]) or _users(entry["columns"], entry["rows"])
         parts.append(f'<div class="charts" style="margin-top:.9rem">{drawn}</div>' if drawn else "")
     return "".join(parts)
+
+
+def _users(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Every user's losses on one line when a table has users, what each ships, and its losses by candidate."""
+    if list(columns[:5]) != ["user", "ships", *USERS_LOSSES]:
+        return ""
+    drawn = []
+    for row in rows:
+        losses = {n: float(v) for n, v in zip(USERS_LOSSES, row[2:5], strict=True) if isinstance(v, (int, float))}
+        if losses:
+            drawn.append((str(row[0]), losses, str(row[1])))
+    return charts.ranges("Loss of each user; the large dot is shipped", "nats per token", drawn) if drawn else ""
 
 
 def _size_against_accuracy(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

@@ -13,11 +13,12 @@ import importlib
 import importlib.util
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pluggy
 
@@ -34,7 +35,7 @@ STAGES = {  # the hook that makes a plugin selectable for a stage
     "export": "edgellm_export",
     "deploy": "edgellm_deploy",
 }
-AROUND = ("edgellm_prepare", "edgellm_incoming")
+AROUND = ("edgellm_prepare", "edgellm_incoming", "edgellm_cohort", "edgellm_exchange")
 """Hooks that make a plugin one for `--around`, as every wrapper does."""
 
 
@@ -49,6 +50,9 @@ class Plugin:
 
     `name` as typed by the user; `config` a frozen dataclass of options; `paper` with its arXiv id; `aliases` other
     names; `api` the hook API it was written for; `requires` import names of optional packages it needs to work.
+    `linear(config)`, of a plugin that aggregates, says why the mean of the clients' updates does not serve its rule as
+    the updates do, "" when it does; without it no such thing is taken for granted, and privacy refuses the rule. A
+    plugin that makes runs differ by design, as noise for privacy does, `repeats` not.
     """
 
     name: str
@@ -59,6 +63,8 @@ class Plugin:
     aliases: tuple[str, ...] = ()
     api: int = hookspecs.API
     requires: tuple[str, ...] = ()
+    linear: Callable[[Any], str] | None = None
+    repeats: bool = True
 
 
 @dataclass(frozen=True)

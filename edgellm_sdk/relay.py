@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -23,6 +23,7 @@ from edgellm_sdk.types import (
 )
 
 if TYPE_CHECKING:
+    from edgellm_sdk.federate.rounds import Engine, Failure
     from edgellm_sdk.kit.adapters import Spec
     from edgellm_sdk.kit.objective import Objective
 
@@ -39,6 +40,10 @@ class _Defaults:
     @hookimpl
     def edgellm_assign(self, state: State, clients: Sequence[str]) -> Mapping[str, Assignment]:
         return {c: Assignment(state.base, state.round + 1, c, state.sent, state.scalars) for c in clients}
+
+    @hookimpl
+    def edgellm_exchange(self, messages: Mapping[str, bytes], engine: Engine) -> Iterable[tuple[str, bytes | Failure]]:
+        return engine(messages)
 
 
 class Relay:
@@ -111,6 +116,32 @@ class Relay:
         state: State | None = self._call(hook, State, lambda call, config: call(model=model, config=config, ctx=ctx))
         return self._need(hook, state)
 
+    def cohort(self, clients: Sequence[str], count: int, cohort: int, attempt: int, ctx: Context) -> list[str] | None:
+        hook = "edgellm_cohort"
+        found: Sequence[str] | None = self._call(
+            hook,
+            Sequence,
+            lambda call, config: call(
+                clients=clients, count=count, cohort=cohort, attempt=attempt, config=config, ctx=ctx
+            ),
+        )
+        if found is None:
+            return None
+        if not found or len(set(found)) != len(found) or not set(found) <= set(clients):
+            raise PluginError(f"plugin {self.answers(hook)!r} did not choose among the clients enrolled", hook)
+        return sorted(found)
+
+    def exchange(
+        self, messages: Mapping[str, bytes], engine: Engine, state: State, ctx: Context
+    ) -> Iterable[tuple[str, bytes | Failure]]:
+        hook = "edgellm_exchange"
+        replies: Iterable[tuple[str, bytes | Failure]] = self._call(
+            hook,
+            Iterable,
+            lambda call, config: call(messages=messages, engine=engine, state=state, config=config, ctx=ctx),
+        )
+        return replies
+
     def assign(
         self, state: State, clients: Sequence[str], data: Mapping[str, int], ctx: Context
     ) -> dict[str, Assignment]:
@@ -128,7 +159,13 @@ class Relay:
         return self._chain("edgellm_prepare", Assignment, "assignment", assignment, given)
 
     def finetune(self, model: ModelHandle, data: Dataset, assignment: Assignment, ctx: Context) -> Update:
-        """The client's whole turn: prepared, then worked on under the options that the assignment changes."""
+        """The client's whole turn: answered, or prepared and worked on under options that the assignment changes."""
+        hook = "edgellm_answer"
+        answer: Update | None = self._call(
+            hook, Update, lambda call, config: call(data=data, assignment=assignment, config=config, ctx=ctx)
+        )
+        if answer is not None:
+            return answer
         hook = "edgellm_finetune"
         try:
             prepared = self.prepare(data, assignment, ctx)

@@ -32,6 +32,7 @@ Message: TypeAlias = Mapping[str, str]  # {"role": ..., "content": ...}
 Prompt: TypeAlias = str | tuple[Message, ...]
 
 __all__ = [
+    "Adaptable",
     "Artifact",
     "Assignment",
     "Dataset",
@@ -266,3 +267,13 @@ class Session(Protocol):
     def stats(self) -> SessionStats: ...
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class Adaptable(Protocol):
+    """A session that changes its LoRA adapters and keeps its base."""
+
+    def adapt(self, adapters: Sequence[tuple[Path, float]]) -> None:
+        """Make these files, each at its scale, all the adapters there are. ModelError for one that does not fit; those
+        before then stay."""
+        ...

@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from edgellm_sdk.cli.train import installed
 from edgellm_sdk.cli.verb import Answer, Request, Verb
-from edgellm_sdk.errors import ModelError, UsageError, printable
+from edgellm_sdk.errors import ConfigError, ModelError, UsageError, printable
 from edgellm_sdk.settings import Compress, Demo, Deploy, Evaluate, Export, Run
 
 if TYPE_CHECKING:
     from edgellm_sdk.steps import Outcome
     from edgellm_sdk.types import Generation, Message, Prompt, Session
+
+
+MOST_USERS = 20  # named in a chat
 
 
 def compress(request: Request) -> Answer:
@@ -83,7 +86,8 @@ def deploy(request: Request) -> Answer | None:
         raise UsageError("needs --prompt TEXT", "edgellm deploy", "or type `chat` after the file")
     if chatting and request.json:
         raise UsageError("a chat has no JSON result", "edgellm deploy", "give --prompt TEXT")
-    with steps.deploy(subject, device=settings.device, options=request.options, quiet=request.quiet) as session:
+    user, device = settings.user, settings.device
+    with steps.deploy(subject, user=user, device=device, options=request.options, quiet=request.quiet) as session:
         if chatting:
             chat(session, settings)
             return None
@@ -130,10 +134,31 @@ def chat(session: Session, settings: Deploy) -> None:
         line = sys.stdin.readline().strip()
         if line in ("", "/quit", "/exit"):
             return
+        if line.split()[0] == "/user":
+            turns.clear()  # what one user said is not the next one's to read
+            print(switched(session, line.removeprefix("/user").strip()), file=sys.stderr)
+            continue
         turns.append({"role": "user", "content": line})
         generation, _ = answer(session, turns, settings)
         turns.append({"role": "assistant", "content": generation.text})
         print(_shown(generation.text.strip()), flush=True)
+
+
+def switched(session: Session, user: str) -> str:
+    """Carry out `/user NAME`; what to tell about it. An empty name lists who there is."""
+    from edgellm_sdk.users import UserSession
+
+    if not isinstance(session, UserSession):
+        return "there are no users here: give a folder that `edgellm export --users` wrote"
+    if not user:
+        names = [printable(name) for name in session.users]
+        more = f" and {len(names) - MOST_USERS} more" if len(names) > MOST_USERS else ""
+        return f"now {printable(session.user or 'nobody')}, of {', '.join(names[:MOST_USERS])}{more}"
+    try:
+        session.switch(user)
+    except ConfigError as error:
+        return str(error)
+    return f"now {printable(user)}, from the beginning"
 
 
 VERBS = (

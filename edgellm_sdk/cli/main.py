@@ -17,7 +17,7 @@ from typing import Any
 import typer
 
 from edgellm_sdk import __version__, registry
-from edgellm_sdk.cli import bench, files, machine, plugins, train
+from edgellm_sdk.cli import audit, bench, federation, files, machine, plugins, train
 from edgellm_sdk.cli.verb import HELP, Answer, Request, Verb, add, take_apart
 from edgellm_sdk.config import nearest
 from edgellm_sdk.errors import EdgeLLMError, Interrupted, StorageError, UsageError, printable
@@ -26,15 +26,16 @@ from edgellm_sdk.store import storage_error
 STDOUT_FAILS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
 SUMMARY = "Personalise a language model on private data, shrink it, export it, prove the export, run it."
 GROUPS = {
+    "audit": "What left this machine: wire.",
     "bench": "Measurements: compare.",
+    "federation": "Clients over a network: keys, serve, join.",
     "plugins": "The methods: list, info, new, doctor.",
     "models": "What a model is: info.",
     "data": "What a data set holds: info.",
     "help": "Topics: exit-codes.",
 }
-VERBS: dict[str, Verb] = {
-    verb.path: verb for verb in (*train.VERBS, *files.VERBS, *bench.VERBS, *plugins.VERBS, *machine.VERBS)
-}
+_FAMILIES = (train, files, federation, audit, bench, plugins, machine)
+VERBS: dict[str, Verb] = {verb.path: verb for family in _FAMILIES for verb in family.VERBS}
 
 
 @dataclass

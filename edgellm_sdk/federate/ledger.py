@@ -13,12 +13,15 @@ from edgellm_sdk.store import storage_error, write_bytes
 
 MOST = 40
 """Clients that an overview tells of."""
+ROUND, FINAL = "round", "final"
 
 
 @dataclass(frozen=True)
 class Line:
-    """One client in one round. Sizes are bytes of whole messages; `*_payload` leaves the framing out. `peak` bytes and
-    `took` seconds of its turn, as measured where it ran and as foretold, are 0 where unknown."""
+    """One client in one round. `down` and `up` are bytes of all its messages, `*_payload` those of the arrays in its
+    assignment and in its update. `peak` bytes and `took` seconds of its turn, as measured where it ran and as foretold,
+    are 0 where unknown. `kind` is `round`, or `final` for the state that a client is given after the last one.
+    """
 
     client: str
     down: int
@@ -30,6 +33,7 @@ class Line:
     took: float = 0.0
     foretold_peak: int = 0
     foretold_took: float = 0.0
+    kind: str = ROUND
 
 
 class Ledger:
@@ -46,6 +50,7 @@ class Ledger:
 
     def add(self, number: int, attempt: int, lines: Iterable[Line], seconds: float) -> None:
         rows = [{"round": number, "attempt": attempt, "seconds": round(seconds, 4), **asdict(line)} for line in lines]
+        rows = [{name: value for name, value in row.items() if (name, value) != ("kind", ROUND)} for row in rows]
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("ab") as file:
@@ -72,7 +77,7 @@ class Ledger:
             entry = totals.setdefault(row["client"], dict.fromkeys((*names, "rounds", "rejected"), 0))
             for name in names:
                 entry[name] += row[name]
-            entry["rounds"] += 1
+            entry["rounds"] += row.get("kind", ROUND) == ROUND
             entry["rejected"] += bool(row["rejected"])
         return totals
 
@@ -86,6 +91,8 @@ class Ledger:
         costs: dict[str, list[dict[str, Any]]] = {}
         last = 0
         for row in self.rows():
+            if row.get("kind", ROUND) != ROUND:
+                continue
             last = max(last, row["round"])
             marks.setdefault(row["client"], {})[row["round"]] = "r" if row["rejected"] else "t"
             if row.get("peak") or row.get("foretold_peak"):

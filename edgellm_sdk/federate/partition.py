@@ -3,6 +3,8 @@
 iid               shuffled and dealt one by one
 dirichlet:ALPHA   each label is spread over the clients by Dirichlet(ALPHA) shares; small ALPHA, unlike clients
                   (Hsu, Qi and Brown, 2019, arXiv:1909.06335)
+skew:ALPHA        clients of one size, each with a mixture of labels from Dirichlet(ALPHA * the labels' shares)
+                  (Zhang et al., 2022, arXiv:2212.10025)
 label:K           each client holds shards of about K labels (McMahan et al., 2017, arXiv:1602.05629, section 3)
 user              one client for each value of the `user` field
 """
@@ -16,9 +18,9 @@ from edgellm_sdk.errors import ConfigError, printable
 from edgellm_sdk.random import Stream
 
 if TYPE_CHECKING:
-    from edgellm_sdk.types import Dataset
+    from edgellm_sdk.types import Array, Dataset
 
-SPECS = "iid, dirichlet:ALPHA, label:K or user"
+SPECS = "iid, dirichlet:ALPHA, skew:ALPHA, label:K or user"
 MAX_CLIENTS = 1_000_000
 
 
@@ -38,6 +40,8 @@ def partition(dataset: Dataset, spec: str, clients: int, stream: Stream) -> dict
         parts: list[list[int]] = [order[k::clients] for k in range(clients)]
     elif kind == "dirichlet":
         parts = _dirichlet(_groups(dataset, spec), _number(argument, spec), clients, stream)
+    elif kind == "skew":
+        parts = _skew(_groups(dataset, spec), _number(argument, spec), clients, stream)
     elif kind == "label":
         count = _number(argument, spec)
         if count != int(count):
@@ -100,6 +104,42 @@ def _dirichlet(groups: list[list[int]], alpha: float, clients: int, stream: Stre
             part += order[begin:end]
             begin = max(begin, end)
     return parts
+
+
+def _skew(groups: list[list[int]], alpha: float, clients: int, stream: Stream) -> list[list[int]]:
+    """Examples are dealt one by one, in an order that favours no client, each of a label drawn from its client's
+    mixture. Labels that have run out leave the mixtures, which keep their proportions; a client with nothing left of
+    its mixture draws from what there is."""
+    import numpy as np
+
+    left = np.array([len(group) for group in groups])
+    total = int(left.sum())
+    mixtures = np.array([_mixture(alpha * left / total, stream) for _ in range(clients)])
+    queues = [[group[i] for i in stream.permutation(len(group)).tolist()] for group in groups]
+    parts: list[list[int]] = [[] for _ in range(clients)]
+    for place, u in zip(stream.permutation(total).tolist(), stream.uniform(total).tolist(), strict=True):
+        client = place % clients
+        weights = np.where(left > 0, mixtures[client], 0.0)
+        if not weights.sum() > 0:
+            weights = left.astype(np.float64)
+        edges = np.cumsum(weights)
+        label = int(np.searchsorted(edges, u * edges[-1], side="right"))
+        label = min(label, int(np.flatnonzero(weights)[-1]))  # u * edges[-1] may round up to the end
+        parts[client].append(queues[label].pop())
+        left[label] -= 1
+    return parts
+
+
+def _mixture(alphas: Array, stream: Stream) -> Array:
+    """Dirichlet(alphas): (labels,) float64, in proportion."""
+    import numpy as np
+
+    drawn = np.array([float(stream.gamma(float(alpha), 1)[0]) for alpha in alphas])
+    if drawn.sum() > 0:
+        return drawn
+    edges = np.cumsum(alphas)  # all underflowed: the limit is one label, drawn by its share
+    label = min(int(np.searchsorted(edges, stream.uniform(1)[0] * edges[-1], side="right")), len(alphas) - 1)
+    return np.asarray(np.eye(len(alphas))[label])
 
 
 def _by_label(groups: list[list[int]], count: int, clients: int, stream: Stream) -> list[list[int]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from edgellm_sdk import wire
@@ -25,9 +25,10 @@ CHECKPOINT = "state"
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a client sent nothing usable."""
+    """Why a client sent nothing usable. `reached` says whether its assignment got to it."""
 
     reason: str
+    reached: bool = True
 
 
 Engine: TypeAlias = Callable[[Mapping[str, bytes]], Iterable[tuple[str, "bytes | Failure"]]]
@@ -49,6 +50,28 @@ class Plan:
 def sample(plan: Plan, cohort: int, attempt: int, ctx: Context) -> list[str]:
     """This cohort's clients, sorted. A repeated round draws again."""
     return ctx.stream(f"cohort/{cohort}", attempt).sample(sorted(plan.clients), plan.per_round)
+
+
+@dataclass
+class Traffic:
+    """Bytes of all messages that an engine carries in one round, by client; of a client's replies to one message the
+    first counts."""
+
+    engine: Engine
+    down: dict[str, int] = field(default_factory=dict)
+    up: dict[str, int] = field(default_factory=dict)
+
+    def __call__(self, messages: Mapping[str, bytes]) -> Iterator[tuple[str, bytes | Failure]]:
+        waiting = set(messages)
+        for client, message in messages.items():
+            self.down[client] = self.down.get(client, 0) + len(message)
+        for client, reply in self.engine(messages):
+            if client in waiting:
+                waiting.remove(client)
+                self.up[client] = self.up.get(client, 0) + (0 if isinstance(reply, Failure) else len(reply))
+                if isinstance(reply, Failure) and not reply.reached:
+                    self.down[client] -= len(messages[client])
+            yield client, reply
 
 
 def run_rounds(
@@ -123,13 +146,15 @@ def _one_round(
     number = state.round + 1
     reasons: dict[str, str] = {}
     for attempt in range(plan.attempts):
-        clients = sample(plan, state.cohort, attempt, ctx)
+        chosen = relay.cohort(sorted(plan.clients), plan.per_round, state.cohort, attempt, ctx)
+        clients = chosen or sample(plan, state.cohort, attempt, ctx)
         assignments = relay.assign(state, clients, plan.clients, ctx)
         ctx.assigned = assignments
         sent = {client: wire.assignment_to_bytes(assignments[client]) for client in clients}
         began = time.monotonic()
-        replies = _counted(engine(sent), len(sent), number, view)
-        updates, lines, reasons = _collect(relay, state, assignments, sent, replies, plan.clients, ctx)
+        traffic = Traffic(engine)
+        replies = _counted(relay.exchange(sent, traffic, state, ctx), len(sent), number, view)
+        updates, lines, reasons = _collect(relay, state, assignments, sent, replies, traffic, plan.clients, ctx)
         ledger.add(number, attempt, lines, time.monotonic() - began)
         if len(updates) >= max(1, math.ceil(plan.quorum * len(clients))):
             break
@@ -180,20 +205,24 @@ def _collect(
     assignments: Mapping[str, Assignment],
     sent: Mapping[str, bytes],
     replies: Iterable[tuple[str, bytes | Failure]],
+    traffic: Traffic,
     enrolled: Mapping[str, int],
     ctx: Context,
 ) -> tuple[list[Update], list[Line], dict[str, str]]:
     """(usable updates sorted by client, ledger lines, reasons by client). The first reply of a client counts."""
     updates: dict[str, Update] = {}
     reasons: dict[str, str] = {}
-    received: dict[str, int] = {}
+    received: set[str] = set()
     payload: dict[str, int] = {}
+    unreached: set[str] = set()
     for client, reply in replies:
         if client not in sent or client in received:
             continue
-        received[client] = 0 if isinstance(reply, Failure) else len(reply)
+        received.add(client)
         if isinstance(reply, Failure):
             reasons[client] = reply.reason
+            if not reply.reached:
+                unreached.add(client)
             continue
         try:
             update = wire.update_from_bytes(reply, client)
@@ -218,9 +247,9 @@ def _collect(
     lines = [
         Line(
             client,
-            down=len(sent[client]),
-            down_payload=wire.payload_bytes(assignments[client].arrays),
-            up=received.get(client, 0),
+            down=traffic.down.get(client, 0),
+            down_payload=0 if client in unreached else wire.payload_bytes(assignments[client].arrays),
+            up=traffic.up.get(client, 0),
             up_payload=payload.get(client, 0),
             rejected=reasons.get(client, ""),
             **_costs(client, ctx),

@@ -14,6 +14,12 @@ adapters beside that, so peft, transformers and the GGUF exporter read them.
 | adapter | bottleneck after the FFN, Pfeiffer style, arXiv 2005.00247   | no        |
 | norm    | biases (arXiv 2106.10199); all norm gains where it has none  | yes       |
 | layers  | every linear weight of the chosen layers                     | yes       |
+| houlsby | bottlenecks after attention and after the FFN, 1902.00751    | no        |
+| prefix  | keys and values before those of the text, arXiv 2101.00190   | no        |
+| bitfit  | all biases, arXiv 2106.10199                                 | yes       |
+| full    | every weight, bias and norm gain of the chosen layers        | yes       |
+
+Those from `houlsby` on are in `inserted`, for encoders as well.
 """
 
 from __future__ import annotations
@@ -31,18 +37,25 @@ from torch import Tensor, nn
 
 from edgellm_sdk import store
 from edgellm_sdk.errors import ConfigError, ModelError
+from edgellm_sdk.kit import inserted
 from edgellm_sdk.kit.probed import Biased, Bottleneck, FullLinear, LoRALinear, Norm, Probed
 from edgellm_sdk.random import Stream
 from edgellm_sdk.types import FOLDED, Array, Arrays, Float32
 
 KINDS = ("lora", "lora-fa", "adapter", "norm", "layers")
+KNOWN = (*KINDS, *inserted.KINDS)
+UNMERGEABLE = {"adapter": "a bottleneck adapter", "houlsby": "a bottleneck adapter", "prefix": "a prefix"}
+"""Kinds that no change of the weights can express, and what they are."""
+WEIGHTY = ("norm", "layers", "bitfit", "full")
+"""Kinds whose tensors are the model's own, under its names."""
 MARK = "edgellm_adapter.json"
 WEIGHTS = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
 class Spec:
-    """Which tensors train. `layers` counts from the top, 0 means all; `targets` are module name endings."""
+    """Which tensors train. `layers` counts from the top, 0 means all; `targets` are module name endings. `size` is the
+    width of a bottleneck (houlsby) or the length of a prefix; with `norms` gains train too (houlsby, bitfit)."""
 
     kind: str = "lora"
     layers: int = 4
@@ -50,6 +63,8 @@ class Spec:
     alpha: float = 16.0
     targets: tuple[str, ...] = ("q_proj", "v_proj")
     reduction: int = 16
+    size: int = 16
+    norms: bool = False
 
     @property
     def scale(self) -> float:
@@ -128,35 +143,40 @@ def install(model: Any, spec: Spec, stream: Stream) -> Trainables:
 
     ConfigError when the model has nothing the spec names.
     """
-    layers = decoder_layers(model)
+    where = inserted.layout(model)
+    layers = model.get_submodule(where.layers)
     if spec.layers > len(layers):
         raise ConfigError(f"layers: {spec.layers} asked for, the model has {len(layers)}")
     lowest = len(layers) - (spec.layers or len(layers))
     trainables = Trainables(spec, lowest, next(model.parameters()).device)
     for index in range(lowest, len(layers)):
-        prefix = f"model.layers.{index}."
-        _install_layer(layers[index], prefix, trainables, stream)
+        prefix = f"{where.layers}.{index}."
+        if spec.kind in inserted.KINDS:
+            _insert(layers[index], prefix, inserted.pieces(layers[index], where, spec, stream), trainables)
+        else:
+            _install_layer(layers[index], prefix, trainables, stream)
     if spec.kind == "norm" and all(name.endswith("norm.weight") for name in trainables.initial):
         _train_gain(model.model, "norm", "model.", trainables)
     if not trainables.initial:
+        if spec.kind == "bitfit":
+            raise ConfigError("the model has no biases to train", "bitfit", "train the norm gains too, or a LoRA")
         raise ConfigError(f"no module ends in {', '.join(spec.targets)}", "targets")
+    _insert(model, "", inserted.outside(model, where, spec), trainables)
     return trainables
 
 
-def _replace(root: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, leaf = path.rpartition(".")
-    setattr(root.get_submodule(parent), leaf, module)
-
-
-def _float(tensor: Any) -> Float32:
-    return np.ascontiguousarray(tensor.detach().float().cpu().numpy())
+def _insert(root: nn.Module, prefix: str, pieces: Iterator[inserted.Piece], out: Trainables) -> None:
+    for piece in pieces:
+        for slot, value in piece.slots.items():
+            out.add(f"{prefix}{piece.path}.{slot}", piece.module, slot, value)
+        inserted.swap(root, piece.path, piece.module)
 
 
 def _train_gain(parent: nn.Module, path: str, prefix: str, out: Trainables) -> None:
     norm = parent.get_submodule(path)
     gain = Norm(norm)
-    out.add(f"{prefix}{path}.weight", gain, "weight", _float(norm.weight))
-    _replace(parent, path, gain)
+    out.add(f"{prefix}{path}.weight", gain, "weight", inserted.floats(norm.weight))
+    inserted.swap(parent, path, gain)
 
 
 def lora_start(rank: int, d_in: int, d_out: int, stream: Stream) -> tuple[Float32, Float32]:
@@ -176,18 +196,18 @@ def _install_layer(layer: nn.Module, prefix: str, out: Trainables, stream: Strea
                 a, b = lora_start(spec.rank, linear.in_features, linear.out_features, stream)
                 out.add(f"{prefix}{path}.lora_A", module, "lora_A", a, train=spec.kind == "lora")
                 out.add(f"{prefix}{path}.lora_B", module, "lora_B", b)
-                _replace(layer, path, module)
+                inserted.swap(layer, path, module)
     elif spec.kind == "layers":
         for path, linear in linears:
             full = FullLinear(linear)
-            out.add(f"{prefix}{path}.weight", full, "weight", _float(linear.weight))
-            _replace(layer, path, full)
+            out.add(f"{prefix}{path}.weight", full, "weight", inserted.floats(linear.weight))
+            inserted.swap(layer, path, full)
     elif spec.kind == "norm":
         biased = [(path, linear) for path, linear in linears if linear.bias is not None]
         for path, linear in biased:
             shifted = Biased(linear)
-            out.add(f"{prefix}{path}.bias", shifted, "bias", _float(linear.bias))
-            _replace(layer, path, shifted)
+            out.add(f"{prefix}{path}.bias", shifted, "bias", inserted.floats(linear.bias))
+            inserted.swap(layer, path, shifted)
         norms = [(p, m) for p, m in layer.named_children() if hasattr(m, "variance_epsilon") and not biased]
         for path, _ in norms:
             _train_gain(layer, path, prefix, out)
@@ -200,7 +220,7 @@ def _install_layer(layer: nn.Module, prefix: str, out: Trainables, stream: Strea
         out.add(f"{prefix}mlp.down_bias", bottleneck, "down_bias", np.zeros(inner, np.float32))
         out.add(f"{prefix}mlp.up", bottleneck, "up", np.zeros((width, inner), np.float32))
         out.add(f"{prefix}mlp.up_bias", bottleneck, "up_bias", np.zeros(width, np.float32))
-        _replace(layer, "mlp", bottleneck)
+        inserted.swap(layer, "mlp", bottleneck)
 
 
 def write(folder: Path, trainables: Trainables, values: Arrays, base: Mapping[str, str]) -> None:
@@ -212,7 +232,7 @@ def write_arrays(folder: Path, spec: Spec, arrays: Arrays, base: Mapping[str, st
     """As `write`, from all tensors of the adapter, frozen ones too, under the names that `install` gives them. A LoRA
     and what it rests on become one of the sum of their ranks; smaller ranks are filled up with zeros."""
     folder.mkdir(parents=True, exist_ok=True)
-    spec, arrays = _whole(spec, arrays)
+    spec, arrays = joined(spec, arrays)
     if spec.kind in ("lora", "lora-fa"):
         store.write_json(folder / "adapter_config.json", _peft_config(spec, arrays, base["path"]))
         arrays = {f"base_model.model.{name}.weight": array for name, array in arrays.items()}
@@ -221,21 +241,22 @@ def write_arrays(folder: Path, spec: Spec, arrays: Arrays, base: Mapping[str, st
     store.write_json(folder / "base.json", dict(base))
 
 
-def _whole(spec: Spec, arrays: Arrays) -> tuple[Spec, Arrays]:
+def joined(spec: Spec, arrays: Arrays) -> tuple[Spec, Arrays]:
     """Folded LoRAs joined to those that rest on them, all of one rank, at the scale of `spec`."""
     modules = sorted({name.rpartition(".lora_")[0] for name in arrays if ".lora_" in name})
-    joined = {}
+    pairs = {}
     for module in modules:
         a, b = ([arrays[f"{module}.{side}"]] for side in ("lora_A", "lora_B"))
         if f"{module}.{FOLDED[0]}" in arrays:
             a.append(arrays[f"{module}.{FOLDED[0]}"])
             b.append(arrays[f"{module}.{FOLDED[1]}"] / np.float32(spec.scale))
-        joined[module] = np.concatenate(a), np.concatenate(b, axis=1)
-    rank = max((len(a) for a, _ in joined.values()), default=spec.rank)
-    if rank == spec.rank and not any(name.endswith(FOLDED) for name in arrays):
+        pairs[module] = np.concatenate(a), np.concatenate(b, axis=1)
+    ranks = {len(a) for a, _ in pairs.values()} or {spec.rank}
+    if ranks == {spec.rank} and not any(name.endswith(FOLDED) for name in arrays):
         return spec, arrays
-    found = {name: array for name, array in arrays.items() if name.rpartition(".")[0] not in joined}
-    for module, (low, high) in joined.items():
+    rank = max(ranks)
+    found = {name: array for name, array in arrays.items() if name.rpartition(".")[0] not in pairs}
+    for module, (low, high) in pairs.items():
         found[f"{module}.lora_A"] = np.pad(low, ((0, rank - len(low)), (0, 0)))
         found[f"{module}.lora_B"] = np.pad(high, ((0, 0), (0, rank - high.shape[1])))
     return replace(spec, rank=rank, alpha=spec.scale * rank), found
@@ -264,8 +285,8 @@ def kind(folder: Path) -> str:
         found = str(store.read_json(folder / "adapter_config.json").get("peft_type", "")).lower()
     else:
         raise ModelError("is no adapter folder", str(folder))
-    if found not in KINDS:
-        raise ModelError(f"adapter kind {found!r} is unknown", str(folder), f"known: {', '.join(KINDS)}")
+    if found not in KNOWN:
+        raise ModelError(f"adapter kind {found!r} is unknown", str(folder), f"known: {', '.join(KNOWN)}")
     return str(found)
 
 
@@ -305,10 +326,10 @@ def _patterned(pattern: Mapping[str, Any] | None, module: str, default: float) -
 def merged(folder: Path, name: str, weight: Float32) -> Float32:
     """Base tensor `name` (HF name, float32) with the adapter folded in. ModelError for a kind that cannot merge."""
     what = kind(folder)
-    if what == "adapter":
-        raise ModelError("a bottleneck adapter cannot be merged into the weights", str(folder), "train a LoRA instead")
+    if what in UNMERGEABLE:
+        raise ModelError(f"{UNMERGEABLE[what]} cannot be merged into the weights", str(folder), "train a LoRA instead")
     saved = arrays(folder)
-    if what in ("norm", "layers"):
+    if what in WEIGHTY:
         return saved.get(name, weight)
     module = name.removesuffix(".weight")
     a, b = saved.get(f"{module}.lora_A"), saved.get(f"{module}.lora_B")
@@ -332,21 +353,23 @@ def _targets(model: Any, folder: Path) -> Iterator[tuple[str, Tensor]]:
 
 def merge(model: Any, folder: Path) -> None:
     """Fold a saved adapter into a live model, in place; sums in float32."""
-    if kind(folder) == "adapter":
+    if kind(folder) in UNMERGEABLE:
         merged(folder, "", np.empty(0, np.float32))
     with torch.no_grad():
         for name, parameter in _targets(model, folder):
-            parameter.copy_(torch.from_numpy(np.array(merged(folder, name, _float(parameter)))))
+            parameter.copy_(torch.from_numpy(np.array(merged(folder, name, inserted.floats(parameter)))))
 
 
 def apply(model: Any, folder: Path) -> None:
     """Put a saved adapter onto a live model, in place, unmerged where its kind allows."""
     what = kind(folder)
-    if what in ("norm", "layers"):
+    if what in WEIGHTY:
         merge(model, folder)
     elif what in ("lora", "lora-fa"):
         model.load_adapter(str(folder), adapter_name=f"edgellm-{len(getattr(model, 'peft_config', {}))}")
         model.eval().requires_grad_(False)
+    elif what in inserted.SLOTS:
+        inserted.restore(model, what, dict(arrays(folder)))
     else:
         saved = arrays(folder)
         for index, layer in enumerate(decoder_layers(model)):
@@ -355,4 +378,4 @@ def apply(model: Any, folder: Path) -> None:
                 bottleneck = Bottleneck(layer.get_submodule("mlp"))
                 for slot in ("down", "down_bias", "up", "up_bias"):
                     bottleneck.slots[slot] = torch.from_numpy(saved[prefix + slot].copy())[None]
-                _replace(layer, "mlp", bottleneck)
+                inserted.swap(layer, "mlp", bottleneck)

@@ -29,6 +29,8 @@ from edgellm_sdk.kit.conformance_runs import require
 Check = Callable[[], None]
 
 HEAVY = ("torch", "transformers", "peft", "tokenizers", "llama_cpp", "flwr", "scipy", "pandas")
+REPEATED = ("order_of_arrival_is_nothing", "nan_changes_nothing", "rounds_resume")
+ALONE = ("finetune_repeats", "finetune_keeps_its_inputs", "nan_changes_nothing")
 SCRIPT = (
     "import importlib, sys; importlib.import_module(sys.argv[1]); print(*(m for m in sys.argv[2:] if m in sys.modules))"
 )
@@ -69,7 +71,10 @@ def checks(name: str, options: Mapping[str, Any] | None = None) -> list[Check]:
     for hook, functions in stages:
         if not hook or hook in loaded.hooks:
             found += [_named(function.__name__, functools.partial(function, subject)) for function in functions]
-    return found
+    skipped: tuple[str, ...] = () if loaded.plugin.repeats else REPEATED
+    if "edgellm_exchange" in loaded.hooks:  # its clients answer nothing but their server's own messages
+        skipped += ALONE
+    return [check for check in found if check.__name__ not in skipped]
 
 
 def _common(loaded: registry.Loaded) -> list[Check]:

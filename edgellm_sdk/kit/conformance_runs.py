@@ -173,7 +173,8 @@ def _context(relay: Any) -> Iterator[Context]:
     torch.set_num_threads(1)
     try:
         with tempfile.TemporaryDirectory(dir=_workshop().name) as folder:
-            yield Context(Path(folder), seed=7, threads=1, rounds=ROUNDS, configs=dict(relay.configs))
+            configs = dict(relay.configs)
+            yield Context(Path(folder), seed=7, threads=1, rounds=ROUNDS, configs=configs, model=tiny_model())
     finally:
         torch.set_num_threads(threads)
 

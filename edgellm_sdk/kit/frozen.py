@@ -14,7 +14,7 @@ from __future__ import annotations
 import types
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -155,14 +155,16 @@ class Frozen:
         """Token ids of `text`, nothing added."""
         return list(self.tokenizer.encode(text, add_special_tokens=False))
 
-    def batch(self, name: str, make: Callable[[], Dataset]) -> Kept:
-        """The batch called `name`, from memory or computed from `make()` now."""
+    def batch(self, name: str, make: Callable[[], Dataset], inputs: bool = False) -> Kept:
+        """The batch called `name`, from memory or computed from `make()` now. With `inputs` the loss falls on the
+        prompts too; such a batch needs a name of its own."""
         found = self._kept.get(name)
         if isinstance(found, Kept):
             self._kept.move_to_end(name)
             return found
         data = make()
-        kept = self.prepare(prompts.encode(self.tokenizer, data.examples, self.max_length))
+        rows = prompts.encode(self.tokenizer, data.examples, self.max_length)
+        kept = self.prepare([replace(row, start=1) for row in rows] if inputs else rows)
         if self.goal.name == "accuracy":
             kept.key = scoring.answer_key(self.goal, data, self.encode)
         self._keep(name, kept)

@@ -10,7 +10,7 @@ from typing import Any
 from edgellm_sdk import config, models, registry, settings, store
 from edgellm_sdk.context import Context
 from edgellm_sdk.data import has_split, read
-from edgellm_sdk.errors import ModelError, StorageError
+from edgellm_sdk.errors import ConfigError, ModelError, StorageError
 from edgellm_sdk.gate import enforce, verify_export
 from edgellm_sdk.random import Stream
 from edgellm_sdk.relay import Relay
@@ -18,6 +18,8 @@ from edgellm_sdk.report import Meter, Report
 from edgellm_sdk.steps.examples import held_out, inherited_data
 from edgellm_sdk.steps.step import Outcome, prepare, size_of
 from edgellm_sdk.types import Artifact, Metric, ModelHandle, Prompt, Session
+from edgellm_sdk.users import UserSession, is_folder_of_users
+from edgellm_sdk.users import read as read_users
 
 GATE_PROMPTS = 8
 SHOWN = 3
@@ -50,6 +52,8 @@ def export(
     data: str = "",
     task_prompt: str = "",
     gate: bool = True,
+    users: bool = False,
+    gate_users: int = 0,
     seed: int = 0,
     dry_run: bool = False,
     options: Mapping[str, Any] | None = None,
@@ -59,17 +63,23 @@ def export(
 
     The comparison uses prompts of `data` (else of the data the model was tuned on, else a few of our own). GateError
     when the file drifts: it is then kept as `STEM.rejected.SUFFIX` and never under the name asked for.
+    With `users`, `model` is a run that personalised its users and `output` a folder (see `edgellm_sdk.users`).
     """
     target = Path(output)
     if target.exists():
         raise StorageError("the file exists", str(target), "remove it or choose another --output")
     data, task_prompt = inherited_data(model, data, task_prompt)
     asked = {"model": model, "output": target.name, "data": data, "gate": gate, "seed": seed}
+    asked |= {"users": users, "gate_users": gate_users}
     config.build(settings.Export, asked, "export")
     step = prepare("export", plugin, "export", asked, report_folder(target), seed, options or {})
     prompts = gate_prompts(data, task_prompt, seed)
     if dry_run:
         return step.plan()
+    if users:
+        from edgellm_sdk.steps.users import export_users
+
+        return export_users(step, Path(model), target, prompts, gate, gate_users, quiet)
     handle = models.resolve(model)
     with store.run_folder(step.folder):
         store.write_json(step.folder / "recipe.json", {"verb": "export", **step.asked})
@@ -141,12 +151,29 @@ def subject_of(typed: str) -> ModelHandle | Artifact:
 
 @contextmanager
 def deploy(
-    subject: str, *, device: str = "", options: Mapping[str, Any] | None = None, quiet: bool = True
+    subject: str,
+    *,
+    user: str = "",
+    device: str = "",
+    options: Mapping[str, Any] | None = None,
+    quiet: bool = True,
 ) -> Iterator[Session]:
-    """A live session on a file or model, closed when the block ends."""
-    session = open_session(subject_of(subject), Context(Path(), quiet=quiet), device, options)
+    """A live session on a file or model, closed when the block ends.
+
+    On a folder that `export(users=True)` wrote it is a `edgellm_sdk.users.UserSession`: it begins as `user`, and
+    `switch(NAME)` changes whose adapter it has without loading the base again.
+    """
+    shared = read_users(subject) if is_folder_of_users(subject) else None
+    if user and shared is None:
+        raise ConfigError("--user needs a folder that `edgellm export --users` wrote", subject, "leave it out")
+    if shared is not None:  # before anything is loaded
+        shared.checked_base()
+        if user:
+            shared.checked_adapter(user)
+    what = shared.artifact() if shared is not None else subject_of(subject)
+    session = open_session(what, Context(Path(), quiet=quiet), device, options)
     try:
-        yield session
+        yield session if shared is None else UserSession(session, shared, user)
     finally:
         session.close()
 

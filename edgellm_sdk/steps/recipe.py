@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from edgellm_sdk.report import Report
 from edgellm_sdk.steps.delivery import evaluate, export, report_folder
 from edgellm_sdk.steps.step import Outcome
 from edgellm_sdk.steps.training import compress, finetune
-from edgellm_sdk.store import run_folder, write_bytes
+from edgellm_sdk.store import MANIFEST, run_folder, write_bytes
 
 VERBS: Mapping[str, Callable[..., Outcome]] = {
     "finetune": finetune,
@@ -45,8 +45,11 @@ SUBJECT = {"finetune": "model", "compress": "model", "export": "model", "eval": 
 OURS = {"verb", "name"}
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """The steps of a recipe, every problem found before any of them runs (ConfigError)."""
+def read(path: Path, optional: Collection[str] = ()) -> list[dict[str, Any]]:
+    """The steps of a recipe, every problem found before any of them runs (ConfigError).
+
+    `optional` are keys that a step may lack although its verb needs them: whoever reads it has another way.
+    """
     tree = config.read_toml(path)
     problems = [f"unknown key {key!r}{nearest(key, ('seed', 'step'))}" for key in tree if key not in ("seed", "step")]
     seed, steps = tree.get("seed", 0), tree.get("step", [])
@@ -61,14 +64,14 @@ def read(path: Path) -> list[dict[str, Any]]:
         name = step.setdefault("name", f"{number}-{step.get('verb', '')}")
         if not isinstance(name, str) or not name.replace("-", "").replace("_", "").isalnum() or name in names:
             problems.append(f"step {number}: its name must be new, of letters, digits, - and _")
-        problems += [f"step {number}: {problem}" for problem in _check(step, names)]
+        problems += [f"step {number}: {problem}" for problem in _check(step, names, optional)]
         names.append(str(name))
     if problems:
         raise ConfigError("; ".join(problems), str(path), problems=tuple(problems))
     return steps
 
 
-def _check(step: Mapping[str, Any], earlier: list[str]) -> list[str]:
+def _check(step: Mapping[str, Any], earlier: list[str], optional: Collection[str]) -> list[str]:
     verb = str(step.get("verb", ""))
     if verb not in VERBS:
         return [f"verb {verb!r} is not one of {', '.join(VERBS)}{nearest(verb, VERBS)}"]
@@ -89,7 +92,7 @@ def _check(step: Mapping[str, Any], earlier: list[str]) -> list[str]:
         problems.append(f"{subject!r} names no earlier step{nearest(subject[1:], earlier)}")
     if not subject and not earlier:
         problems.append(f"the first step needs {SUBJECT[verb]}")
-    needed = [name for name in required if name not in (SUBJECT[verb], "output", *step)]
+    needed = [name for name in required if name not in (SUBJECT[verb], "output", *step, *optional)]
     return problems + [f"needs {name}" for name in needed]
 
 
@@ -123,7 +126,11 @@ def run(recipe: str | Path, output: str | Path, *, resume: bool = False, quiet: 
             subject = arguments.get(SUBJECT[verb], "")
             latest = next(reversed(results.values()), "")
             arguments[SUBJECT[verb]] = results[subject[1:]] if subject.startswith("@") else subject or latest
-            where = folder / arguments.get("output", f"{name}.gguf") if verb == "export" else folder / name
+            where = (
+                folder / arguments.get("output", name if step.get("users") else f"{name}.gguf")
+                if verb == "export"
+                else folder / name
+            )
             arguments["output"] = where
             outcomes[name] = _do(verb, arguments, where, resume, quiet)
             if verb != "eval":
@@ -136,7 +143,11 @@ def _do(verb: str, arguments: dict[str, Any], where: Path, resume: bool, quiet: 
     if verb in ("finetune", "compress"):
         return VERBS[verb](**arguments, resume=resume, quiet=quiet)
     reports = report_folder(where) if verb == "export" else where
-    if resume and (reports / "report.json").is_file() and (verb == "eval" or where.is_file()):
+    if (
+        resume
+        and (reports / "report.json").is_file()
+        and (verb == "eval" or where.is_file() or (where / MANIFEST).is_file())
+    ):
         return Outcome(Report.read(reports), reports)
     return VERBS[verb](**arguments, quiet=quiet)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,10 +69,12 @@ class Step:
                 done = Outcome(Report.read(self.folder), self.folder, models.resolve(str(self.folder)))
             yield done
 
-    def publish(self, model: ModelHandle, report: Report) -> Outcome:
-        """Write the report, then the manifest that makes the folder a result."""
+    def publish(self, model: ModelHandle, report: Report, more: Sequence[str] = ()) -> Outcome:
+        """Write the report, then the manifest that makes the folder, `model` and what `more` names, a result."""
         report.write(self.folder)
-        files = [p.relative_to(self.folder).as_posix() for p in (self.folder / "model").rglob("*") if p.is_file()]
+        parts = [self.folder / name for name in ("model", *more)]
+        found = [path for part in parts for path in (part, *part.rglob("*")) if path.is_file()]
+        files = [path.relative_to(self.folder).as_posix() for path in found]
         store.publish(self.folder, files, {"model": "model", "verb": self.verb})
         return Outcome(report, self.folder, model)
 

@@ -6,24 +6,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from edgellm_sdk import companions, config, models, registry, settings, store
+from edgellm_sdk import config, models, settings, store
 from edgellm_sdk.context import Context
 from edgellm_sdk.data import read
 from edgellm_sdk.errors import ConfigError
 from edgellm_sdk.federate.by_hand import combine
-from edgellm_sdk.federate.engine import in_process
-from edgellm_sdk.federate.ledger import Ledger
-from edgellm_sdk.federate.partition import partition as deal
+from edgellm_sdk.federate.personal import alone
 from edgellm_sdk.federate.profiles import read as read_profiles
-from edgellm_sdk.federate.rounds import Plan, Watch, resumed, run_rounds
-from edgellm_sdk.random import Stream
 from edgellm_sdk.relay import Relay
-from edgellm_sdk.report import Meter, Report
-from edgellm_sdk.steps.examples import inherited_data, training_data
+from edgellm_sdk.report import Meter
+from edgellm_sdk.steps import federated
+from edgellm_sdk.steps.examples import inherited_data
 from edgellm_sdk.steps.step import Outcome, prepare, size_of
-from edgellm_sdk.types import Metric, State
-
-DEFAULT_ROUNDS = 100
+from edgellm_sdk.types import Metric
 
 
 def finetune(
@@ -49,96 +44,48 @@ def finetune(
     memory: int = 0,
     hidden: str | Path = "",
     watch: int = 10,
+    personalise: int = 0,
+    kept_aside: float = 0.2,
+    engine: str = "process",
+    keep_wire: bool = False,
     options: Mapping[str, Any] | None = None,
     quiet: bool = True,
 ) -> Outcome:
-    """Federated fine-tuning in process: rounds over clients, then an adapter on the base model in `output/model`.
+    """Federated fine-tuning on this machine: rounds over clients, then an adapter on the base model in `output/model`.
 
     `rounds` 0 means 100; `clients_per_round` 0 means all; `memory` is a budget in MB, 0 for none; the folder
     `hidden` keeps hidden states of frozen layers for later runs; every `watch` rounds the state is measured on held-out
-    data (0: never). A stopped run goes on with `resume` and ends in the same bytes.
+    data (0: never). A stopped run goes on with `resume` and ends in the same bytes, whatever the `engine`: `process`
+    does one client after the other here, `simulation` is Flower's. `keep_wire` keeps every update as it was sent.
+    `personalise` local steps give every client an adapter of its own in `output/users`, where it helps on what the
+    client kept aside of its examples; `output/users.json` tells who got what.
     `around` names plugins that work around the method, the outermost last. `options` are the method's; those of the
     `device`, of the plugin that aggregates and of those around are tables in it, under their names:
     `{"rank": 4, "llama_cpp": {"contexts": 2}}`.
     """
-    rounds = rounds or DEFAULT_ROUNDS
-    asked: dict[str, Any] = {
-        "model": model, "data": data, "clients": clients, "rounds": rounds, "clients_per_round": clients_per_round,
-        "partition": partition, "seed": seed, "device": device, "aggregate": aggregate, "around": around,
-        "balance": balance, "task_prompt": task_prompt, "quorum": quorum, "watch": watch, "hidden": str(hidden),
-        "profiles": str(profiles),
+    given = {
+        "plugin": plugin, "model": model, "data": data, "output": str(output), "clients": clients, "rounds": rounds,
+        "clients_per_round": clients_per_round, "partition": partition, "seed": seed, "device": device,
+        "aggregate": aggregate, "around": around, "balance": balance, "task_prompt": task_prompt, "resume": resume,
+        "dry_run": dry_run, "quorum": quorum, "memory": memory, "hidden": str(hidden), "watch": watch,
+        "engine": engine, "keep_wire": keep_wire, "profiles": str(profiles),
+        "personalise": personalise, "kept_aside": kept_aside,
     }  # fmt: skip
-    config.build(settings.Finetune, asked | {"memory": memory}, "finetune")
-    method = registry.get(plugin, "finetune")
-    others = companions.of_training(device, aggregate, around)
-    configs = companions.configs(method, others, options or {})
-    own, theirs = companions.separated(options or {}, others)
-    asked |= companions.flat(theirs, configs)
-    step = prepare("finetune", plugin, "finetune", asked, Path(output), seed, own)
-    relay = Relay([method, *(other for other in others if "edgellm_objective" not in other.hooks)], configs)
-    if relay.answers("edgellm_aggregate") is None:
-        raise ConfigError(f"{plugin!r} does not aggregate", "finetune", "add --aggregate fedavg")
-    train, valid = training_data(data, task_prompt, balance, seed)
-    indices = deal(train, partition, clients, Stream(seed, "partition"))
+    job = federated.checked(config.build(settings.Finetune, given, "finetune"), options or {}, quiet)
+    train, valid = job.data()
+    indices = job.dealt(train)
     if clients_per_round > len(indices):
         raise ConfigError(f"{clients_per_round} clients per round of {len(indices)}", "clients-per-round")
+    if personalise:
+        alone(job.relay, personalise)
     told = read_profiles(Path(profiles), list(indices)) if profiles else {}
     if dry_run:
-        return step.plan()
-    handle = models.resolve(model)
-    if not companions.is_torch(device):
-        handle = models.as_file(handle, model)
-    with step.own(resume) as done:
-        if done is not None:
-            return done
-        report = step.report()
-        with Meter() as meter:
-            ctx = Context(
-                step.folder, seed, device, memory=memory << 20 or None, quiet=quiet, rounds=rounds,
-                configs=relay.configs, hidden=Path(hidden).expanduser() if hidden else None, model=handle,
-                profiles=told,
-            )  # fmt: skip
-            shards = {client: train.select(rows) for client, rows in indices.items()}
-            plan = Plan(
-                {client: len(shard) for client, shard in shards.items()}, clients_per_round or len(shards), rounds,
-                quorum, watch_every=watch,
-            )  # fmt: skip
-            state = resumed(ctx, handle.digest)
-            report.resumed = int(state is not None)
-            book = Ledger(step.folder / "ledger.jsonl")
-            book.keep_until(state.round if state else 0)
-            start = state if state is not None else relay.initialise(handle, ctx)
-            observe: Watch | None = (lambda s: relay.measure(s, valid, ctx)) if valid is not None and watch else None
-            final = run_rounds(relay, start, plan, in_process(relay, handle, shards, ctx), ctx, book, observe)
-            tuned = relay.personalise(handle, final, step.folder / "model", ctx)
-            measured = relay.measure(final, valid, ctx) if valid is not None else {}
-        report.finish(meter, ctx)
-        _describe_federation(report, book, final, measured, {c: p.kind for c, p in told.items()})
-        relay.report(report, ctx)
-        return step.publish(tuned, report)
-
-
-def _describe_federation(
-    report: Report, book: Ledger, final: State, measured: Mapping[str, Metric], kinds: Mapping[str, str]
-) -> None:
-    totals = book.totals()
-    report.federation = book.overview(kinds)
-    report.bytes = totals
-    report.rejected = [
-        {"client": row["client"], "round": row["round"], "reason": row["rejected"]}
-        for row in book.rows()
-        if row["rejected"]
-    ]
-    report.metrics |= measured
-    up = sum(t["up_payload"] for t in totals.values())
-    report.metrics |= {
-        "rounds": Metric(final.round, "rounds"),
-        "uploaded": Metric(up, "bytes", len(totals)),
-        "downloaded": Metric(sum(t["down_payload"] for t in totals.values()), "bytes", len(totals)),
-    }
-    for name in ("forwards", "steps"):
-        if isinstance(final.scalars.get(name), int):
-            report.metrics[name] = Metric(final.scalars[name], name)
+        return job.step.plan()
+    simulated = engine == "simulation"
+    if simulated and personalise:
+        raise ConfigError("--personalise is for the engine process", "engine", "leave --engine out")
+    place = federated.in_simulation(job, indices, told) if simulated else federated.here(job, train, indices, told)
+    return federated.train(job, place, valid)
 
 
 def compress(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,12 +14,13 @@ from edgellm_plugins.aggregation.fedavg import Config, method
 
 from edgellm_sdk import registry, wire
 from edgellm_sdk.context import Context
-from edgellm_sdk.errors import FederationError
+from edgellm_sdk.errors import FederationError, PluginError
+from edgellm_sdk.federate import rounds
 from edgellm_sdk.federate.ledger import Ledger
 from edgellm_sdk.federate.rounds import CHECKPOINT, Failure, Plan, resumed, run_rounds, sample
 from edgellm_sdk.hookspecs import hookimpl
 from edgellm_sdk.relay import Relay
-from edgellm_sdk.types import State, Update
+from edgellm_sdk.types import Assignment, State, Update
 
 START = State("base", 0, {"w": np.zeros(3, np.float32)})
 
@@ -213,3 +215,61 @@ def test_a_claim_can_be_capped() -> None:
 
 def honest_update(client: str, examples: int) -> Update:
     return Update("base", 1, client, "weights", {"w": np.full(3, int(client[-1]) + 1, np.float32)}, examples)
+
+
+class Chatty:
+    """A plugin that asks every client for its number before the round, and picks the cohort itself."""
+
+    chosen: tuple[str, ...] = ("c1", "c3")
+
+    @hookimpl
+    def edgellm_cohort(self, clients: list[str], count: int) -> tuple[str, ...]:
+        return self.chosen
+
+    @hookimpl
+    def edgellm_exchange(self, messages: dict[str, bytes], engine: rounds.Engine) -> object:
+        asked = dict.fromkeys(messages, b"number?")
+        self.numbers = dict(engine(asked))
+        yield from engine(messages)
+
+
+def chatty(plugin: Chatty) -> Relay:
+    module = types.ModuleType("chatty")
+    module.edgellm_cohort, module.edgellm_exchange = plugin.edgellm_cohort, plugin.edgellm_exchange  # type: ignore[attr-defined]
+    source = registry.Source("chatty", "chatty", "test")
+    hooks = ("edgellm_cohort", "edgellm_exchange")
+    loaded = registry.Loaded(registry.Plugin("chatty", "asks first", "1"), module, source, hooks)
+    assert loaded.stages == ("around",)
+    return Relay([registry.get("fedavg"), loaded], {"fedavg": Config(), "chatty": registry.NoOptions()})
+
+
+def talks(messages: Mapping[str, bytes]) -> Iterator[tuple[str, bytes | Failure]]:
+    for client, message in messages.items():
+        if message == b"number?":
+            yield client, client[-1].encode()
+            yield client, b"again, which counts for nothing"
+        else:
+            yield client, wire.update_to_bytes(honest(message, client))
+
+
+def test_a_plugin_may_exchange_several_messages_and_choose_the_cohort(tmp_path: Path) -> None:
+    plan, plugin = Plan({f"c{i}": 10 for i in range(4)}, 4, 1), Chatty()
+    ledger, ctx = Ledger(tmp_path / "ledger.jsonl"), Context(tmp_path, seed=1, rounds=1)
+    plain, _ = run(tmp_path / "plain", Engine(), rounds=1)
+    final = run_rounds(chatty(plugin), START, plan, talks, ctx, ledger)
+    assert plugin.numbers == {"c1": b"again, which counts for nothing", "c3": b"again, which counts for nothing"}
+    assert final.arrays["w"].tolist() == [3.0, 3.0, 3.0] and plain.arrays["w"].tolist() == [2.5, 2.5, 2.5]
+    rows = ledger.rows()
+    message = wire.assignment_to_bytes(Assignment("base", 1, "c1", START.arrays))
+    reply = wire.update_to_bytes(honest(message, "c1"))
+    assert [row["client"] for row in rows] == ["c1", "c3"]
+    assert rows[0]["down"] == len(b"number?") + len(message) and rows[0]["up"] == 1 + len(reply)
+
+
+@pytest.mark.parametrize("chosen", [(), ("c1", "c1"), ("stranger",)])
+def test_a_cohort_of_strangers_is_refused(tmp_path: Path, chosen: tuple[str, ...]) -> None:
+    plugin = Chatty()
+    plugin.chosen = chosen
+    plan, ledger = Plan({f"c{i}": 10 for i in range(4)}, 4, 1), Ledger(tmp_path / "ledger.jsonl")
+    with pytest.raises(PluginError, match="did not choose among the clients enrolled"):
+        run_rounds(chatty(plugin), START, plan, talks, Context(tmp_path, seed=1), ledger)

@@ -164,6 +164,22 @@ class Engine(Model):
             raise Refused("device", f"llama.cpp cannot make a context of {self.context} tokens")
         return context
 
+    def adapt(self, adapters: Sequence[tuple[str, float]]) -> None:
+        """Use these adapter files at these scales and no others; those before stay when one cannot be used."""
+        fresh: list[tuple[Any, float]] = []
+        try:
+            for path, scale in adapters:
+                fresh.append((self._adapter(path), float(scale)))
+            self._apply(self._context, fresh)
+        except Refused:
+            self._apply(self._context, self._adapters)
+            for handle, _ in fresh:
+                self._lib.llama_adapter_lora_free(handle)
+            raise
+        before, self._adapters = self._adapters, fresh
+        for handle, _ in before:
+            self._lib.llama_adapter_lora_free(handle)
+
     def _run(self, entries: Sequence[tuple[int, int, int, bool]]) -> list[int]:
         """Decode (token, position, sequence, wanted) entries, at most `batch`; the batch places that have logits."""
         batch, wanted = self._batch, []

@@ -36,7 +36,10 @@ def deploy(subject: ModelHandle | Artifact, config: Config, ctx: Context) -> Lla
     if isinstance(subject, ModelHandle) and subject.format != "gguf":
         path, tuned = trained_here(subject)
         return LlamaSession(path, dataclasses.replace(config, adapters=",".join([*tuned, config.adapters])), ctx)
-    return LlamaSession(subject.path, config, ctx)
+    spare = 0
+    if isinstance(subject, Artifact):  # adapters that `adapt` may bring later
+        spare = max((path.stat().st_size for path in subject.files[1:] if path.suffix == ".gguf"), default=0)
+    return LlamaSession(subject.path, config, ctx, spare=spare)
 
 
 def check_installed() -> None:
@@ -113,9 +116,11 @@ class LlamaSession:
 
     device = "llama_cpp"
 
-    def __init__(self, path: Path, config: Config, ctx: Context, contexts: int = 0, top_only: bool = False) -> None:
+    def __init__(
+        self, path: Path, config: Config, ctx: Context, contexts: int = 0, top_only: bool = False, spare: int = 0
+    ) -> None:
         """`contexts` above 0: the child answers for losses under mixes of adapters instead of logits and text;
-        `top_only`: they will adapt the last layer's FFN alone."""
+        `top_only`: they will adapt the last layer's FFN alone; `spare` bytes are the largest adapter that may come."""
         from edgellm_sdk.gguf_file import read
 
         path = path.absolute()
@@ -127,7 +132,7 @@ class LlamaSession:
         self._renderer: Renderer | None = None
         self.chat_template, self.special_tokens = chat_parts(files[0].metadata)
         words = len(files[0].metadata.get("tokenizer.ggml.tokens", ())) or 1 << 18
-        size = sum(file.stat().st_size for file in (path, *(adapter for adapter, _ in adapters)))
+        size = spare + sum(file.stat().st_size for file in (path, *(adapter for adapter, _ in adapters)))
         self._child = Child(_WORKER, str(path), config.patience, ctx.deadline, _TRAINING if contexts else {})
         request: dict[str, Any] = {
             "path": str(path),
@@ -172,6 +177,18 @@ class LlamaSession:
     def plain_ids(self, text: str) -> list[int]:
         """Token ids of `text`, with BOS in front where the file asks for it."""
         return self._ids(self._child.call({"do": "prompt", "text": text}))
+
+    def adapt(self, adapters: Sequence[tuple[Path, float]]) -> None:
+        """Make these LoRA adapter files, each at its scale, all there are; the base stays loaded.
+
+        ModelError for a file that is no adapter or does not fit; those before then stay.
+        """
+        from edgellm_sdk.gguf_file import read
+
+        for path, _ in adapters:
+            if read(path).metadata.get("general.type") != "adapter":
+                raise ModelError("is no LoRA adapter", str(path))
+        self._child.call({"do": "adapt", "adapters": [[str(path), scale] for path, scale in adapters]})
 
     def ask(self, request: Mapping[str, Any]) -> Any:
         """What the child answers to a request of another kind."""

@@ -38,6 +38,9 @@ def answer(model: Model, request: Mapping[str, Any]) -> dict[str, Any]:
             return {}
         if what == "generate":
             return model.generate(request)
+        if what == "adapt":
+            model.adapt(request["adapters"])
+            return {}
     elif isinstance(model, Losses):
         if what == "hold":
             model.hold(request["name"], request["path"])

@@ -43,7 +43,10 @@ class Product:
         return self.b @ self.a
 
     def norm(self) -> float:
-        """Its Frobenius norm, from the triangles of the two QR: nothing is squared that cancels."""
+        """Its Frobenius norm, from the triangles of the two QR, where nothing is squared that cancels; of the matrix
+        where that is no larger than its factors."""
+        if self.rank >= min(len(self.b), self.a.shape[1]):
+            return float(np.linalg.norm(self.dense()))
         low, high = (np.asarray(np.linalg.qr(side, mode="r")) for side in (self.b, self.a.T))
         return float(np.linalg.norm(low @ high.T))
 
@@ -66,8 +69,12 @@ def modules(arrays: Iterable[str]) -> list[str]:
 
 
 def factors(arrays: Arrays) -> dict[str, Product]:
-    """Every pair of `arrays`, by module. FederationError for factors that do not fit each other."""
+    """Every pair of `arrays`, by module. FederationError for factors that do not fit each other, and for those under
+    the names of an adapter that is more than products."""
     found = {}
+    for name in sorted(arrays):
+        if f".{A}." in name or f".{B}." in name:
+            raise FederationError(f"{name[:80]}: more than a product B A", "aggregate", "use fedavg")
     for module in modules(arrays):
         a, b = arrays[f"{module}.{A}"], arrays[f"{module}.{B}"]
         if a.ndim != 2 or b.ndim != 2 or b.shape[1] != len(a):

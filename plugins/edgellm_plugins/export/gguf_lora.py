@@ -27,9 +27,12 @@ def check_kind(folder: Path, separate: bool) -> None:
     from edgellm_sdk.kit import adapters
 
     kind = adapters.kind(folder)
-    if kind == "adapter":
-        raise ModelError("a bottleneck adapter adds layers that GGUF llama lacks", str(folder), "train a LoRA instead")
-    if separate and kind in ("norm", "layers"):
+    if kind in adapters.UNMERGEABLE:
+        what = "adds keys" if kind == "prefix" else "adds layers"
+        raise ModelError(
+            f"{adapters.UNMERGEABLE[kind]} {what} that GGUF llama lacks", str(folder), "train a LoRA instead"
+        )
+    if separate and kind in adapters.WEIGHTY:
         raise ModelError(f"trained {kind} are no LoRA and cannot be a file of their own", str(folder), MERGE)
     if kind not in ("lora", "lora-fa"):
         return

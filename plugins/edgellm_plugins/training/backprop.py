@@ -162,7 +162,8 @@ def exact_slope(frozen: Frozen, chunk: int, beneath: Mapping[str, Tensor] | None
 
 
 class StepRule:
-    """AdamW (betas 0.9 and 0.999, decay first, as torch.optim.AdamW) or SGD with the same decoupled decay.
+    """AdamW (betas 0.9 and 0.999, decay first, as torch.optim.AdamW) or SGD with the same decoupled decay, which spares
+    biases and norm gains.
 
     Works in place on leaves, with two float32 moments a scalar for AdamW and none for SGD.
     """
@@ -182,7 +183,8 @@ class StepRule:
             gradient = leaf.grad
             if gradient is None:
                 raise RuntimeError(f"{name} got no gradient")
-            leaf.mul_(1 - rate * self.decay)
+            if not name.lower().endswith(("bias", "norm.weight")):
+                leaf.mul_(1 - rate * self.decay)
             if self.kind == "sgd":
                 leaf.sub_(gradient, alpha=rate)
                 continue
@@ -240,11 +242,20 @@ def minibatch(count: int, client: str, step: int, size: int, ctx: Context) -> tu
 
 
 def work(
-    slope: Slope, cost: int, data: Dataset, assignment: Assignment, settings: Options, ctx: Context, eps: float = 1e-8
+    slope: Slope,
+    cost: int,
+    data: Dataset,
+    assignment: Assignment,
+    settings: Options,
+    ctx: Context,
+    eps: float = 1e-8,
+    kind: str = "delta",
+    fresh: bool = False,
 ) -> Update:
     """`settings.steps` steps down `slope`, each costing `cost` forwards, from the theta of `assignment`.
 
-    Its scalars: `loss`, the mean over the steps of the loss before each, `steps` and `forwards`. DataError without
+    `kind` is `delta` or `weights`; the learning rate's schedule runs over all rounds or, `fresh`, anew in each. The
+    scalars: `loss`, the mean over the steps of the loss before each, `steps` and `forwards`. DataError without
     examples, FederationError when a loss is not finite.
     """
     client, count, start = assignment.client, len(data), averaging.theta(assignment.arrays)
@@ -262,19 +273,22 @@ def work(
             drift_apart(leaves, start, ctx.drift)
             ctx.drift.rates = rule.rates
         clip(leaves, settings.clip)
-        rule.step(learning_rate(step, ctx.rounds * settings.steps, settings))
-    delta: dict[str, Array] = {name: leaf.detach()[0].cpu().numpy() - start[name] for name, leaf in leaves.items()}
+        at, total = (step - first, settings.steps) if fresh else (step, ctx.rounds * settings.steps)
+        rule.step(learning_rate(at, total, settings))
+    found: dict[str, Array] = {name: leaf.detach()[0].cpu().numpy() for name, leaf in leaves.items()}
+    if kind == "delta":
+        found = {name: array - start[name] for name, array in found.items()}
     scalars = {"loss": math.fsum(losses) / len(losses), "steps": len(losses), "forwards": cost * len(losses)}
-    return Update(assignment.base, assignment.round, client, "delta", delta, count, "", scalars)
+    return Update(assignment.base, assignment.round, client, kind, found, count, "", scalars)
 
 
 # The server
 
 
 def initialise(model: ModelHandle, found: Objective) -> State:
-    """theta_0. Of LoRAs the scalars tell the `scale`, alpha / r."""
+    """theta_0. Where A and B train, the scalars tell their `scale`, alpha / r."""
     told: dict[str, Any] = {"forwards": 0, "steps": 0}
-    if isinstance(found, Frozen):
+    if isinstance(found, Frozen) and found.trainables.spec.kind == "lora":
         told["scale"] = found.trainables.spec.scale
     return State(model.digest, 0, dict(found.initial), told)
 

@@ -119,7 +119,8 @@ class CandidateMethod(SpaceMethod):
     def chosen(self, arrays: Mapping[str, Array], client: str, round: int, options: Candidates, ctx: Context) -> Array:
         """Which seed each local step of a client takes: (steps,) int64, known to both sides and never sent."""
         weights = arrays["p"].astype(np.float64) if self.weighted else np.ones(options.seeds)
-        return draw(weights, ctx.stream(f"candidates/{client}", round).uniform(options.steps))
+        who = client if options.directions == "own" else ""
+        return draw(weights, ctx.stream(f"candidates/{who}", round).uniform(options.steps))
 
     def sent(self, state: State) -> dict[str, Array]:
         """The accumulators, 4 bytes for each seed; for Pro as many for the probabilities."""

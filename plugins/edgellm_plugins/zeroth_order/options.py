@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from edgellm_sdk.config import opt
 
@@ -80,3 +80,13 @@ class Candidates(Local):
 
     seeds: int = opt(1024, "K, seeds of the whole training", ge=1, le=65_536)
     limit: float = opt(0.0, "leave out a step whose two losses differ by more; 0 keeps all", unit="nats", ge=0)
+    directions: str = opt(
+        "own",
+        "seeds a client draws in a round: its own, or the same as all others, so that scalars can be added up",
+        choices=("own", "shared"),
+    )
+
+
+def own_directions(config: Any) -> str:
+    """Why the mean of clients' scalars says nothing, "" when all clients take the same directions."""
+    return "" if config.directions == "shared" else "clients draw directions of their own: use directions = shared"

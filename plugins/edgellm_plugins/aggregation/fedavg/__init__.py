@@ -28,6 +28,7 @@ PLUGIN = Plugin(
     version="0.1.0",
     config=Config,
     paper="arXiv 1602.05629",
+    linear=lambda config: "",
 )
 
 

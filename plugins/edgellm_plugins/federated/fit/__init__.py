@@ -36,4 +36,4 @@ def edgellm_assign(
     from edgellm_plugins.federated.fit.method import fitted
 
     assigned = yield
-    return fitted(assigned, ctx)
+    return fitted(assigned, data, ctx)

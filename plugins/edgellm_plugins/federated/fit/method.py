@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from edgellm_plugins.federated.fit import PLUGIN, Config
+from edgellm_plugins.federated.options import Local, steps_of
 from edgellm_plugins.training.options import Options
 from edgellm_sdk.context import Context, Cost
 from edgellm_sdk.errors import ConfigError
@@ -22,8 +23,9 @@ from edgellm_sdk.kit.footprint import Shape, Turn
 from edgellm_sdk.types import Assignment, Profile
 
 
-def fitted(assigned: Mapping[str, Assignment], ctx: Context) -> dict[str, Assignment]:
-    """The assignments with `batch_size` and `steps` among their options where they differ from the method's.
+def fitted(assigned: Mapping[str, Assignment], data: Mapping[str, int], ctx: Context) -> dict[str, Assignment]:
+    """The assignments with `batch_size` and `steps` among their options where they differ from the method's. A method
+    of whole passes over a client's `data` is asked for the steps that these take at its own batch.
 
     ConfigError for a method that does not back-propagate, ModelError where the model's shape is not known.
     """
@@ -40,7 +42,7 @@ def fitted(assigned: Mapping[str, Assignment], ctx: Context) -> dict[str, Assign
     for client, assignment in assigned.items():
         profile = ctx.profiles.get(client, Profile())
         carried = sum(array.nbytes for array in assignment.arrays.values())
-        turn = _turn(method, assignment, shape)
+        turn = _turn(method, assignment, shape, data.get(client, 0))
         turn, cost = fit(turn, shape, profile, config, rate, carried)
         ctx.foretold[client] = cost
         if profile.memory and cost.peak > profile.memory:
@@ -53,11 +55,12 @@ def fitted(assigned: Mapping[str, Assignment], ctx: Context) -> dict[str, Assign
     return found
 
 
-def _turn(method: Options, assignment: Assignment, shape: Shape) -> Turn:
+def _turn(method: Options, assignment: Assignment, shape: Shape, examples: int) -> Turn:
     scalars = sum(array.size for array in averaging.theta(assignment.arrays).values())
     asked: dict[str, Any] = {"batch_size": method.batch_size, "steps": method.steps} | dict(assignment.options)
     layers = min(method.layers or shape.layers, shape.layers)
-    return Turn(layers, scalars, int(asked["steps"]), int(asked["batch_size"]), method.max_length, method.chunk)
+    steps = int(asked["steps"]) or (steps_of(method, examples) if isinstance(method, Local) else 1)
+    return Turn(layers, scalars, steps, int(asked["batch_size"]), method.max_length, method.chunk)
 
 
 def fit(turn: Turn, shape: Shape, profile: Profile, config: Config, rate: float, carried: int) -> tuple[Turn, Cost]:

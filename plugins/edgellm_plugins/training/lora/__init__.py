@@ -29,6 +29,7 @@ PLUGIN = Plugin(
     version="0.1.0",
     config=Config,
     paper="arXiv 2106.09685",
+    linear=lambda config: "",
 )
 
 

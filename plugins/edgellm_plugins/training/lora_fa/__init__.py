@@ -41,6 +41,7 @@ PLUGIN = Plugin(
     version="0.1.0",
     config=Config,
     paper="arXiv 2308.03303",
+    linear=lambda config: "",
 )
 
 

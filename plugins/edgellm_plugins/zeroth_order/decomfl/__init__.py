@@ -24,6 +24,7 @@ PLUGIN = Plugin(
     version="0.1.0",
     config=Config,
     paper="arXiv 2405.15861",
+    linear=lambda config: "",
 )
 
 

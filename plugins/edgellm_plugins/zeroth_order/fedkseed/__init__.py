@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from edgellm_plugins.zeroth_order.hooks import seed_hooks
 from edgellm_plugins.zeroth_order.options import Candidates as Config
+from edgellm_plugins.zeroth_order.options import own_directions
 from edgellm_sdk.registry import Plugin
 
 PLUGIN = Plugin(
@@ -12,6 +13,7 @@ PLUGIN = Plugin(
     version="0.1.0",
     config=Config,
     paper="arXiv 2312.06353",
+    linear=own_directions,
 )
 
 

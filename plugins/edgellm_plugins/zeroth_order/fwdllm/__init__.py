@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edgellm_plugins.zeroth_order.options import own_directions
 from edgellm_sdk.config import opt
 from edgellm_sdk.hookspecs import hookimpl
 from edgellm_sdk.registry import Plugin
@@ -43,6 +44,11 @@ class Config:
     ranking: str = opt("signed", "with sampling: rank by cosine or by its magnitude", choices=("signed", "magnitude"))
     weighting: str = opt("examples", "weight of a client's gradients", choices=("examples", "equal"))
     wire: str = opt("seeds", "clients send scalars, or whole gradients", choices=("seeds", "tensors"))
+    directions: str = opt(
+        "own",
+        "of a client in a round: its own, or the same as all others, so that scalars can be added up",
+        choices=("own", "shared"),
+    )
     batch_size: int = opt(8, "examples in a client's minibatch", unit="examples", ge=1)
     max_length: int = opt(128, "longest example", unit="tokens", ge=8)
     hidden_memory: int = opt(512, "budget for kept hidden states of frozen layers; 0 keeps none", unit="MB", ge=0)
@@ -56,6 +62,7 @@ PLUGIN = Plugin(
     version="0.1.0",
     config=Config,
     paper="arXiv 2308.13894",
+    linear=lambda config: "" if config.wire == "tensors" else own_directions(config),
 )
 
 

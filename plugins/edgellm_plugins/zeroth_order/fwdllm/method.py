@@ -83,7 +83,8 @@ def _directions(state: State, client: str, config: Config, ctx: Context) -> tupl
     """The pool of directions of one client in the coming round, and which of them each tensor uses."""
     theta = _part(state.arrays, THETA)
     n = config.perturbations
-    pool = int(ctx.stream(f"directions/{client}", state.round + 1).seeds(1)[0])
+    who = client if config.directions == "own" else ""
+    pool = int(ctx.stream(f"directions/{who}", state.round + 1).seeds(1)[0])
     if state.scalars["sampling"]:
         previous = _part(state.arrays, PREVIOUS)
         absolute = config.ranking == "magnitude"

@@ -1,0 +1,51 @@
+"""FFA-LoRA: A is random, shared and frozen; B alone trains, travels and averages exactly (arXiv 2403.12313)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from edgellm_plugins.aggregation.lora_options import Weighted
+from edgellm_sdk.hookspecs import hookimpl
+from edgellm_sdk.registry import Plugin
+
+if TYPE_CHECKING:
+    from edgellm_sdk.context import Context
+    from edgellm_sdk.types import Assignment, State, Update
+
+Config = Weighted
+PLUGIN = Plugin(
+    name="ffa-lora",
+    summary="LoRA with A frozen: B alone is trained, sent and averaged, which is exact",
+    version="0.1.0",
+    config=Config,
+    paper="arXiv 2403.12313",
+)
+
+
+@hookimpl
+def edgellm_assign(state: State, clients: Sequence[str], ctx: Context) -> Mapping[str, Assignment]:
+    from edgellm_plugins.aggregation.ffa_lora.method import assign
+
+    return assign(state, clients, ctx)
+
+
+@hookimpl
+def edgellm_prepare(assignment: Assignment, ctx: Context) -> Assignment:
+    from edgellm_plugins.aggregation.halves import prepare
+
+    return prepare(assignment, ctx)
+
+
+@hookimpl
+def edgellm_screen(updates: Sequence[Update], state: State, ctx: Context) -> Mapping[str, str]:
+    from edgellm_sdk.kit.averaging import screen
+
+    return screen(updates, state, ctx)
+
+
+@hookimpl
+def edgellm_aggregate(state: State, updates: Sequence[Update], config: Config, ctx: Context) -> State:
+    from edgellm_plugins.aggregation.ffa_lora.method import aggregate
+
+    return aggregate(state, updates, config, ctx)

@@ -1,0 +1,28 @@
+"""Options that rules for LoRA factors share. A rule inherits them and adds its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from edgellm_sdk.config import opt
+from edgellm_sdk.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Weighted:
+    weighting: str = opt("examples", "weight of a client", choices=("examples", "equal"))
+    cap: int = opt(0, "largest number of examples a client may claim; 0 means none", unit="examples", ge=0)
+
+
+@dataclass(frozen=True)
+class Ranked(Weighted):
+    ranks: str = opt("", "ranks with commas, dealt to clients by name, over and over; empty: all that of the method")
+
+    def chosen(self, most: int) -> list[int]:
+        """The ranks, of which none may be above `most`, that of the method. ConfigError for anything else."""
+        if not self.ranks.strip():
+            return [most]
+        words = [word.strip() for word in self.ranks.split(",")]
+        if not all(word.isascii() and word.isdigit() and 1 <= int(word) <= most for word in words):
+            raise ConfigError(f"ranks: {self.ranks[:60]!r} are not ranks from 1 to {most}", "ranks", "raise --rank")
+        return [int(word) for word in words]

@@ -1,0 +1,1 @@
+"""Privacy that is stated and checked: plugins for `--around`."""
