@@ -21,9 +21,9 @@ from edgellm_sdk.report import Report, environment
 
 RATES: dict[str, tuple[float, ...]] = {
     "fedavg": (1.0,),
-    "fedavgm": (0.3, 1.0),
-    "fedadam": (0.003, 0.01, 0.03),
-    "fedadamw": (0.01, 0.03),
+    "fedavgm": (0.3, 1.0, 2.0),
+    "fedadam": (0.01, 0.03, 0.1),
+    "fedadamw": (0.01, 0.03, 0.1),
 }
 SEEDS, ROUNDS = 3, 12
 SET = {

@@ -394,6 +394,10 @@ def test_coordinates_of_two_trained_factors_are_refused(name: str) -> None:
         )
 
 
+def test_rules_that_see_every_update_do_not_say_that_a_sum_will_do() -> None:
+    assert all(registry.get(name).plugin.linear is None for name in RULES)
+
+
 def test_other_refusals() -> None:
     rows = vectors(*range(5))
     with pytest.raises(FederationError, match="krum cannot average 5 of 5 changes of which 1 may be hostile"):

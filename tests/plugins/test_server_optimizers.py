@@ -241,3 +241,16 @@ def test_against_flower(name: str) -> None:
         flower, _ = theirs.aggregate_fit(number + 1, results, [])
         state = ours.aggregate(state, rows, CTX)
         assert np.allclose(common.parameters_to_ndarrays(flower)[0], state.arrays["w"], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_mean_of_the_updates_serves_as_well_as_the_updates(name: str) -> None:
+    """What `linear` promises, for protections that only let the server see a sum."""
+    relay, state = rule(name), start()
+    linear = registry.get(name).plugin.linear
+    assert linear is not None and linear(relay.configs[name]) == ""
+    changes, examples = drawn(4), [1, 2, 5]
+    mean = {n: sum(c[n] * e for c, e in zip(changes, examples, strict=True)) / 8 for n in changes[0]}
+    many = relay.aggregate(state, updates(state, changes, examples, "delta"), CTX)
+    one = relay.aggregate(state, updates(state, [mean], [8], "delta"), CTX)
+    assert all(np.allclose(array, one.arrays[n], rtol=1e-5, atol=1e-7) for n, array in many.arrays.items())

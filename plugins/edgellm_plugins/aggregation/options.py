@@ -15,7 +15,7 @@ class Weighted:
 
 @dataclass(frozen=True)
 class Adaptive(Weighted):
-    server_rate: float = opt(1e-3, "eta, the server's step", ge=0)
+    server_rate: float = opt(1e-2, "eta, the server's step", ge=0)
     beta1: float = opt(0.9, "decay of the mean of changes", ge=0, le=0.999999)
     tau: float = opt(1e-3, "added to the root of v, which starts at tau^2; larger is less adaptive", ge=1e-12)
 

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Config(Adaptive):
-    server_rate: float = opt(1e-2, "eta, the server's step", ge=0)
     beta1: float = opt(0.0, "decay of the mean of changes; 0 is Adagrad itself", ge=0, le=0.999999)
 
 
@@ -28,6 +27,7 @@ PLUGIN = Plugin(
     version="0.1.0",
     config=Config,
     paper="arXiv 2003.00295",
+    linear=lambda config: "",
 )
 
 

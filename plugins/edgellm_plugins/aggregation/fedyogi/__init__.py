@@ -26,6 +26,7 @@ PLUGIN = Plugin(
     version="0.1.0",
     config=Config,
     paper="arXiv 2003.00295",
+    linear=lambda config: "",
 )
 
 
