@@ -354,6 +354,11 @@ def test_rules_that_are_not_linear_are_refused(tmp_path: Path, monkeypatch: pyte
     assert not (tmp_path / "2" / "privacy.jsonl").exists()
 
 
+@pytest.mark.parametrize("rule", ["median", "krum", "flora", "fedex-lora", "flexlora", "norm-clip", "mixed"])
+def test_shipped_rules_that_look_at_single_updates_are_refused(tmp_path: Path, rule: str) -> None:
+    refused(tmp_path, f"{rule}: needs every client's update", [update("a", vector(1))], rule=rule)
+
+
 def test_directions_of_ones_own_get_noise_for_each_client(tmp_path: Path) -> None:
     sent = [Update("base", 1, c, "seeds", {"scalar": np.zeros((500, 20), np.float32)}, 5) for c in CLIENTS[:2]]
     found = release(tmp_path / "1", sent, Config(clip=0.5, noise_multiplier=3.0, epsilon=1e6), rule="fedkseed")
@@ -484,6 +489,10 @@ def run(tiny_llama: Path, tmp_path: Path) -> Run:
 CASES = {
     "lora": ("lora", {"steps": 1}, {}),
     "lora-fa, on the product": ("lora-fa", {"steps": 1}, {"clip_on": "product"}),
+    "lora, ffa-lora, on the product": ("lora", {"steps": 1}, {"clip_on": "product"}, "ffa-lora"),
+    "lora, rolora": ("lora", {"steps": 1}, {}, "rolora"),
+    "lora, fedadam": ("lora", {"steps": 1}, {}, "fedadam"),
+    "fedit": ("fedit", {}, {}),
     "fedkseed": ("fedkseed", {"steps": 2}, {}),
     "fedkseed, shared": ("fedkseed", {"steps": 2, "directions": "shared"}, {}),
     "fwdllm": ("fwdllm", {"perturbations": 2}, {}),
@@ -496,15 +505,15 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_run_under_dp(run: Run, case: str) -> None:
-    plugin, options, more = CASES[case]
-    done = run(plugin, options=options, dp=PLAIN | more)
+    plugin, options, more, *rule = CASES[case]
+    done = run(plugin, options=options, dp=PLAIN | more, aggregate="".join(rule))
     report = done.report
     assert report.metrics["rounds"].value == 3 and done.model is not None
     expected = accountant.epsilon(1.0, 4.0, 3, 0.1 / 4)
     assert report.metrics["epsilon"].value == pytest.approx(expected) and report.privacy is not None
     assert report.privacy["epsilon"] == pytest.approx(expected) and report.privacy["clients"] == 4
     assert [x for x, _ in report.curves["epsilon over rounds"]] == [1, 2, 3]
-    assert not any(name.startswith("training ") for name in report.curves), "a curve of the clients' losses"
+    assert not any(name.startswith(("training ", "aggregation error")) for name in report.curves)
     assert any("cannot be repeated" in note for note in report.notes)
     rows = [json.loads(line) for line in (done.folder / "privacy.jsonl").read_text().splitlines()]
     assert [row["round"] for row in rows] == [1, 2, 3] and len(rows[0]["clients"]) == 4

@@ -27,3 +27,9 @@ def comes_first(name: str, ctx: Context) -> None:
     if changing[:1] != [name]:
         what = f"{changing[0]} would change updates before {name} has bounded them"
         raise PrivacyError(what, "around", f"name {name} before it")
+
+
+def forget(ctx: Context, *beginnings: str) -> None:
+    """Drop the curves whose names begin so: what a rule draws of single updates says nothing where it saw one mean."""
+    for name in [name for name in ctx.curves if name.startswith(beginnings)]:
+        del ctx.curves[name]

@@ -20,6 +20,7 @@ PLUGIN = Plugin(
     version="0.1.0",
     config=Config,
     paper="arXiv 2403.12313",
+    linear=lambda config: "",
 )
 
 

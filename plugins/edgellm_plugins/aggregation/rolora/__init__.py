@@ -20,6 +20,7 @@ PLUGIN = Plugin(
     version="0.1.0",
     config=Config,
     paper="arXiv 2502.01755",
+    linear=lambda config: "",
 )
 
 

@@ -35,6 +35,7 @@ PLUGIN = Plugin(
     version="0.1.0",
     config=Config,
     paper="arXiv 2305.05644",
+    linear=lambda config: "",
 )
 
 

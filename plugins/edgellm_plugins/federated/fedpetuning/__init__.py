@@ -40,6 +40,7 @@ PLUGIN = Plugin(
     version="0.1.0",
     config=Config,
     paper="arXiv 2212.10025",
+    linear=lambda config: "",
 )
 
 

@@ -78,9 +78,10 @@ def edgellm_incoming(state: State, updates: Sequence[Update], config: Config, ct
 
 @hookimpl(wrapper=True)
 def edgellm_aggregate(ctx: Context) -> Generator[None, State, State]:
+    from edgellm_plugins.privacy.rules import forget
+
     new = yield
-    for name in [name for name in ctx.curves if name.startswith("training ")]:
-        del ctx.curves[name]  # what is left of the clients' losses is zeros
+    forget(ctx, "training ", "aggregation error", "error of averaged")  # what is left of the clients' losses is zeros
     return new
 
 

@@ -33,14 +33,13 @@ from edgellm_plugins.privacy import accountant, rules
 from edgellm_plugins.privacy.budget import Budget
 from edgellm_plugins.privacy.clipping import clipped
 from edgellm_plugins.privacy.dp import PLUGIN, Config
+from edgellm_plugins.privacy.vectors import PUBLIC
 from edgellm_sdk.context import Context
 from edgellm_sdk.errors import ConfigError, PrivacyError
 from edgellm_sdk.kit import averaging
 from edgellm_sdk.report import Report
 from edgellm_sdk.types import Array, Arrays, Metric, State, Update
 
-COUNTS = ("steps", "forwards", "alone")
-"""Scalars that follow from options, not from data."""
 NEUTRAL: Mapping[str, Any] = {"loss": 0.0, "dropped": 0}
 CHUNK = 1 << 17
 NOTE = "differential privacy: noise and charges are this run's own, so it cannot be repeated byte for byte"
@@ -81,13 +80,13 @@ def contribution(update: Update, state: State, ctx: Context) -> dict[str, Array]
     return vector
 
 
-def frozen_factors(names: Sequence[str], ctx: Context) -> dict[str, Array]:
+def frozen_factors(names: Sequence[str], state: State, ctx: Context) -> dict[str, Array]:
     """For every B (d_out, r) that trains, the L (r, r) with L L^T = A A^T, so that |dB A|_F = |dB L|_F.
 
     PrivacyError where that bounds nothing: when A trains as well, no bound on the change of B A bounds the factors that
     noise is added to.
     """
-    known: dict[str, Array] = {}
+    known: dict[str, Array] = dict(state.arrays)
     for _, live in ctx.kept("objective "):
         known |= getattr(getattr(live, "trainables", None), "frozen", {})
     for assignment in ctx.assigned.values():
@@ -113,7 +112,7 @@ def neutral(update: Update, client: str, arrays: Arrays, stands_for: int = 1) ->
     wide = {name: array.astype(update.arrays[name].dtype) for name, array in arrays.items()}
     if "loss" in update.arrays:
         wide["loss"] = np.zeros_like(update.arrays["loss"])
-    scalars = {name: update.scalars[name] for name in COUNTS if name in update.scalars}
+    scalars = {name: update.scalars[name] for name in PUBLIC if name in update.scalars}
     scalars |= {name: value for name, value in NEUTRAL.items() if name in update.scalars}
     scalars |= {"forwards": scalars["forwards"] * stands_for} if "forwards" in scalars else {}
     return Update(update.base, update.round, client, update.kind, wide, 1, update.rng, scalars)
@@ -212,7 +211,7 @@ def released(state: State, updates: Sequence[Update], config: Config, ctx: Conte
     shapes = {name: array.shape for name, array in parts[updates[0].client].items()}
     if any({name: array.shape for name, array in part.items()} != shapes for part in parts.values()):
         raise PrivacyError("updates of unlike shapes have no sum to add noise to", "dp")
-    factors = frozen_factors(list(shapes), ctx) if config.clip_on == "product" else {}
+    factors = frozen_factors(list(shapes), state, ctx) if config.clip_on == "product" else {}
     drawn = ctx.keep("dp cohort", lambda: ((), 0))[0] if config.sampling == "poisson" else asked
     zeros = {name: np.zeros(shape) for name, shape in shapes.items()}
     bounded = []
@@ -260,5 +259,5 @@ def describe(report: Report, config: Config, ctx: Context) -> None:
         "sampling": f"{config.sampling}, {q:.3g} of the clients a round" if q < 1 else config.sampling,
         "charges": f"{budget.charges}, of which {count} count for the client charged most",
         "accountant": "dp-accounting, Renyi",
-        "not covered": "held-out figures, ledgers, who answered, other runs on the same data",
+        "not covered": "enrolled sizes, held-out figures, ledgers, who answered, other runs on the same data",
     }

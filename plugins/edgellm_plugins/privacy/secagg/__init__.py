@@ -84,6 +84,15 @@ def edgellm_incoming(updates: Sequence[Update], ctx: Context) -> Sequence[Update
     return merged(updates, ctx)
 
 
+@hookimpl(wrapper=True)
+def edgellm_aggregate(ctx: Context) -> Generator[None, State, State]:
+    from edgellm_plugins.privacy.rules import forget
+
+    new = yield
+    forget(ctx, "aggregation error", "error of averaged")
+    return new
+
+
 @hookimpl
 def edgellm_report(report: Report, ctx: Context) -> None:
     from edgellm_plugins.privacy.secagg.method import describe

@@ -15,17 +15,19 @@ update that is not clipped can wreck a round, for the grid wraps around.
 
 from __future__ import annotations
 
+import json
 import math
 import secrets
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 
 from edgellm_plugins.privacy import masks, protocol, rules
-from edgellm_plugins.privacy.clipping import clipped
 from edgellm_plugins.privacy.secagg import PLUGIN, Config
+from edgellm_plugins.privacy.vectors import Terms, laid_out, public, read_off
 from edgellm_sdk import registry, wire
 from edgellm_sdk.context import Context
 from edgellm_sdk.errors import FederationError, ModelError, PrivacyError
@@ -37,56 +39,7 @@ from edgellm_sdk.types import Array, Assignment, Dataset, State, Update
 KEY = "secagg"
 ROWS = f"{KEY}/sealed"
 LEAST = 3
-LOSSES = 64.0  # nats: how far the grid of losses reaches
-COUNTS = ("steps", "forwards", "alone")
 NOTE = "secure aggregation: only sums were seen, so that no single update was screened"
-Terms: TypeAlias = Mapping[str, Any]
-
-
-# A client's vector
-
-
-def laid_out(update: Update, start: Mapping[str, Array], terms: Terms) -> tuple[Array, dict[str, Any]]:
-    """(the vector (d,) uint32, what the server must know to read the sum). FederationError for what has no sum."""
-    for name, array in update.arrays.items():
-        if "/" in name or array.dtype.kind != "f" or not np.isfinite(array).all():
-            raise FederationError(f"{name[:60]} is no finite number that secagg could add up", update.client)
-    change = {name: array for name, array in update.arrays.items() if name != "loss"}
-    if update.kind.startswith("weights"):
-        change = {name: array.astype(np.float64) - start[name] for name, array in change.items()}
-    losses = [np.ravel(update.arrays.get("loss", np.empty(0))), np.ravel(update.scalars.get("loss", []))]
-    weight = min(update.examples, terms["heaviest"]) if terms["weighting"] == "examples" else 1
-    share = weight / terms["heaviest"]
-    vector = clipped(change, terms["clip"])
-    flat = np.concatenate([vector[name].reshape(-1) for name in sorted(vector)])
-    parts = [
-        masks.quantised(share * flat, terms["clip"], terms["levels"]),
-        masks.quantised(share * np.concatenate(losses), LOSSES, terms["levels"]),
-        np.array([weight], np.uint32),
-    ]
-    shapes = {name: [list(a.shape), a.dtype.str] for name, a in sorted(update.arrays.items())}
-    told = {name: update.scalars[name] for name in COUNTS if name in update.scalars}
-    told |= {name: 0 for name in ("loss", "dropped") if name in update.scalars}
-    return np.concatenate(parts), {"kind": update.kind, "shapes": shapes, "scalars": told}
-
-
-def read_off(total: Array, form: Mapping[str, Any], terms: Terms) -> tuple[dict[str, Array], float | None, int]:
-    """(the mean of the arrays float64, the mean loss, the sum of the weights) from the sum of vectors."""
-    weight = int(total[-1])
-    scale = terms["heaviest"] / weight
-    sizes = {name: math.prod(shape) for name, (shape, _) in form["shapes"].items()}
-    count = sum(size for name, size in sizes.items() if name != "loss")
-    values = masks.restored(total[:count], terms["clip"], terms["levels"]) * scale
-    losses = masks.restored(total[count:-1], LOSSES, terms["levels"]) * scale
-    arrays, place = {}, 0
-    for name in sorted(sizes):
-        shape = form["shapes"][name][0]
-        if name == "loss":
-            arrays[name] = losses[: sizes[name]].reshape(shape)
-        else:
-            arrays[name] = values[place : place + sizes[name]].reshape(shape)
-            place += sizes[name]
-    return arrays, float(losses[-1]) if "loss" in form["scalars"] else None, weight
 
 
 # Clients
@@ -140,7 +93,8 @@ def under_masks(update: Update, assignment: Assignment, ctx: Context) -> Update:
     memory = _memory(assignment, asked, ctx)
     memory, hidden = protocol.masked(memory, update.client, vector, asked["clients"], rows)
     ctx.remember(update.client, KEY, update.round, {}, memory)
-    return Update(update.base, update.round, update.client, KEY, {"rows": hidden}, 1, update.rng, {"form": form})
+    told = {"form": form, "public": public(update)}
+    return Update(update.base, update.round, update.client, KEY, {"rows": hidden}, 1, update.rng, told)
 
 
 # The server
@@ -164,6 +118,8 @@ def before_the_round(clients: Sequence[str], data: Mapping[str, int], config: Co
     if len(clients) * max(levels, heaviest) >= masks.MODULUS:
         what = f"the sum of {len(clients)} clients' {config.bits} bits does not fit into 32"
         raise PrivacyError(what, KEY, "use fewer bits, a smaller cap, or fewer clients a round")
+    ctx.drop("secagg sizes")
+    ctx.keep("secagg sizes", lambda: dict(data))
     terms = {"clip": config.clip, "levels": levels, "heaviest": heaviest, "weighting": config.weighting}
     ctx.drop("secagg terms")
     ctx.keep("secagg terms", lambda: terms)
@@ -211,20 +167,23 @@ def exchange(
     talk = Conversation(engine, state, list(messages), config)
     terms: Terms = ctx.keep("secagg terms", lambda: {})
     try:
-        survivors, mean, weight = _sum(talk, terms, ctx)
+        finished, mean, weight = _sum(talk, terms, ctx)
     except FederationError as error:
         yield from ((client, Failure(talk.reasons.get(client, error.what))) for client in talk.clients)
         return
     ctx.drop("secagg weight")
     ctx.keep("secagg weight", lambda: weight)
+    sizes: dict[str, int] = ctx.keep("secagg sizes", lambda: {})
     for client in talk.clients:
-        if client in survivors:
-            yield client, wire.update_to_bytes(replace(mean, client=client))
+        if client in finished:
+            told = finished[client].scalars.get("public")
+            scalars = {**(told if isinstance(told, dict) else {}), **mean.scalars}
+            yield client, wire.update_to_bytes(replace(mean, client=client, examples=sizes[client], scalars=scalars))
         else:
             yield client, Failure(talk.reasons.get(client, "did not answer"))
 
 
-def _sum(talk: Conversation, terms: Terms, ctx: Context) -> tuple[list[str], Update, int]:
+def _sum(talk: Conversation, terms: Terms, ctx: Context) -> tuple[dict[str, Update], Update, int]:
     """(who finished, the mean of them, the sum of their weights). FederationError with nothing unmasked."""
 
     def asking(clients: Sequence[str], phase: str, asked: Terms, arrays: Mapping[str, Array]) -> dict[str, Assignment]:
@@ -234,9 +193,9 @@ def _sum(talk: Conversation, terms: Terms, ctx: Context) -> tuple[list[str], Upd
         return lambda rows: rows.shape == shape and rows.dtype.str == dtype
 
     keys = talk.ask(asking(talk.clients, "keys", {}, {}), sized(2, 32))
-    public, clients = {client: reply.arrays["rows"] for client, reply in keys.items()}, list(keys)
+    shown, clients = {client: reply.arrays["rows"] for client, reply in keys.items()}, list(keys)
     asked = {"clients": clients, "threshold": talk.threshold}
-    lists = asking(clients, "shares", asked, {"public": np.stack([public[client] for client in clients])})
+    lists = asking(clients, "shares", asked, {"public": np.stack([shown[client] for client in clients])})
     sealed = {c: u.arrays["rows"] for c, u in talk.ask(lists, sized(len(clients), protocol.SEALED)).items()}
     senders = list(sealed)
 
@@ -248,43 +207,47 @@ def _sum(talk: Conversation, terms: Terms, ctx: Context) -> tuple[list[str], Upd
         work[client] = replace(given, arrays={**given.arrays, ROWS: rows}, scalars={**given.scalars, **told})
     vectors = talk.ask(work, lambda rows: rows.ndim == 1 and rows.dtype.str == "<u4")
     costs = dict(ctx.spent)
-    first = vectors[next(iter(vectors))]
-    form, size = first.scalars.get("form"), len(first.arrays["rows"])
-    survivors = [c for c, u in vectors.items() if u.scalars.get("form") == form and len(u.arrays["rows"]) == size]
+    forms = {c: (json.dumps(u.scalars.get("form"), sort_keys=True), u.arrays["rows"].size) for c, u in vectors.items()}
+    most, _ = Counter(forms.values()).most_common(1)[0]
+    survivors = [client for client, form in forms.items() if form == most]
+    first = vectors[survivors[0]]
     for client in set(vectors) - set(survivors):
-        talk.reasons[client] = "sends another form than the first client"
+        talk.reasons[client] = "sends another form than most"
     if len(survivors) < talk.threshold:
         raise FederationError("secure aggregation: the clients' vectors are not of one form, nothing was unmasked")
 
     row = sized(len(senders), masks.SHARE)
     answers = talk.ask(asking(survivors, "unmask", {"survivors": survivors}, {}), row)
     ctx.spent.update(costs)  # what the work took, not what the last message did
-    total = np.zeros(size, np.uint32)
+    total = np.zeros(most[1], np.uint32)
     for client in survivors:
         total += vectors[client].arrays["rows"]
     held = {client: reply.arrays["rows"] for client, reply in answers.items()}
-    total = protocol.unmasked(total, talk.session, clients, public, senders, survivors, talk.threshold, held)
-    return survivors, *_mean(total, form, first, terms, ctx)
+    total = protocol.unmasked(total, talk.session, clients, shown, senders, survivors, talk.threshold, held)
+    return {client: vectors[client] for client in survivors}, *_mean(total, first, terms, talk.state, ctx)
 
 
-def _mean(total: Array, form: Any, first: Update, terms: Terms, ctx: Context) -> tuple[Update, int]:
+def _mean(total: Array, first: Update, terms: Terms, state: State, ctx: Context) -> tuple[Update, int]:
+    form: Any = first.scalars.get("form")
     try:
         arrays, loss, weight = read_off(total, form, terms)
-        start = averaging.theta(ctx.assigned[first.client].arrays) if form["kind"].startswith("weights") else {}
+        start = averaging.sent(first.client, state, ctx) if form["kind"].startswith("weights") else {}
         arrays = {name: (a + start.get(name, 0)).astype(form["shapes"][name][1]) for name, a in arrays.items()}
-        scalars = dict(form["scalars"])
+        update = Update(first.base, first.round, first.client, form["kind"], arrays, 1, form["rng"])
     except (ValueError, TypeError, KeyError, IndexError, ZeroDivisionError, AttributeError):
         raise FederationError("secure aggregation: the sum does not have the form that was told") from None
-    scalars |= {"loss": loss} if loss is not None else {}
-    return Update(first.base, first.round, first.client, form["kind"], arrays, 1, first.rng, scalars), weight
+    return replace(update, scalars={} if loss is None else {"loss": loss}), weight
 
 
 def merged(updates: Sequence[Update], ctx: Context) -> list[Update]:
-    """One update for all of them, which are alike, with the mean of their examples and the sum of their forwards."""
+    """One update for all of them, which are alike, with the mean of their weights, the sum of their forwards and the
+    most of their steps."""
     first, count = updates[0], len(updates)
     weight = ctx.keep("secagg weight", lambda: count)
     scalars = dict(first.scalars)
-    scalars |= {"forwards": scalars["forwards"] * count} if "forwards" in scalars else {}
+    for name, joined in (("forwards", sum), ("steps", max)):
+        if name in scalars:
+            scalars[name] = joined(update.scalars[name] for update in updates)
     return [replace(first, examples=max(1, round(weight / count)), scalars=scalars)]
 
 
