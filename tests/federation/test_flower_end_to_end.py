@@ -270,11 +270,8 @@ def test_a_shard_is_a_part_and_an_address_is_one(data: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize("number", range(10))
 def test_a_server_killed_at_any_moment_resumes_to_the_same_bytes(
     tiny_llama: Path, recipe: Path, data: Path, folder: Path, expected: str, tmp_path: Path, number: int,
-    pytestconfig: pytest.Config,
 ) -> None:  # fmt: skip
     """From the first enrolment on: in a round, between rounds, while a state is written."""
-    if "bar" not in str(pytestconfig.getoption("markexpr")):
-        pytest.skip("part of the bar alone: two minutes")
     wait = float(Stream(number, "kill").uniform(1)[0]) * 1.5
     seen: list[float] = []
 
