@@ -23,7 +23,7 @@ from edgellm_sdk.federate.rounds import Plan, resumed, run_rounds
 from edgellm_sdk.hookspecs import hookimpl
 from edgellm_sdk.kit import averaging
 from edgellm_sdk.relay import Relay
-from edgellm_sdk.types import FROZEN, Assignment, Dataset, Example, ModelHandle, State, Update
+from edgellm_sdk.types import FROZEN, Assignment, Dataset, Example, ModelHandle, Profile, State, Update
 
 SCALE = 2.0
 SHAPES = {"x": (23, 17), "y": (9, 31)}
@@ -280,6 +280,20 @@ def test_unlike_ranks(tmp_path: Path, rule: str) -> None:
         first = [after["norm"] for round, _, _, after in run.toy.turns if round == 1]
         wanted = sum(w * one for w, one in zip(norms, first, strict=True)) / sum(norms)
         np.testing.assert_allclose(run.states[1].arrays["norm"], wanted, rtol=1e-5)
+
+
+def test_a_rank_by_uplink(tmp_path: Path) -> None:
+    """The largest rank that is sent in time, the smallest where none is, and in turn where nothing is known."""
+    from edgellm_plugins.aggregation import ranking
+    from edgellm_plugins.aggregation.lora_options import Ranked
+
+    theta = {"x.lora_A": np.zeros((8, 17), np.float32), "x.lora_B": np.zeros((23, 8), np.float32)}
+    ctx, bits = Context(tmp_path), 8 * 4 * (17 + 23)  # of a rank
+    ups = {"a": 0.0, "b": 8 * bits / 10, "c": 7.9 * bits / 10, "d": 1.0, "e": 2 * bits / 10}
+    ctx.profiles = {client: Profile(up=up) for client, up in ups.items()}
+    config = Ranked(ranks="8,4,2", upload_seconds=10.0)
+    found = ranking.ranks_of(dict.fromkeys("abcdef", 1), theta, config, ctx)
+    assert found == {"a": 8, "b": 8, "c": 4, "d": 2, "e": 2, "f": 2}
 
 
 @pytest.mark.parametrize("ranks", ["0", "4,5", "2;3", "two", "-1", "٣", "2,"])

@@ -1,4 +1,8 @@
-"""Clients of unlike ranks: client i trains the first r_i rows of every A and columns of every B, at one scale."""
+"""Clients of unlike ranks: client i trains the first r_i rows of every A and columns of every B, at one scale.
+
+Ranks are dealt in turn. A client that says what its uplink carries (`--profiles`) has the largest of them whose factors
+it sends in `upload_seconds`, or the smallest.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +16,16 @@ from edgellm_sdk.kit import averaging
 from edgellm_sdk.types import Array, Arrays, Assignment, State, Update
 
 
-def ranks_of(data: Mapping[str, int], theta: Arrays, config: Ranked) -> dict[str, int]:
+def ranks_of(data: Mapping[str, int], theta: Arrays, config: Ranked, ctx: Context) -> dict[str, int]:
     """The rank of every enrolled client. ConfigError for one above that of theta."""
     most = min((len(theta[f"{module}.{A}"]) for module in factors.modules(theta)), default=0)
     chosen = config.chosen(most)
-    return {client: chosen[place % len(chosen)] for place, client in enumerate(sorted(data))}
+    ranks = {client: chosen[place % len(chosen)] for place, client in enumerate(sorted(data))}
+    for client in sorted(ranks.keys() & ctx.profiles.keys()):
+        if link := ctx.profiles[client].up:
+            bits = {rank: 8 * sum(array.nbytes for array in cut(theta, rank).values()) for rank in set(chosen)}
+            ranks[client] = max((r for r in bits if bits[r] <= link * config.upload_seconds), default=min(bits))
+    return ranks
 
 
 def cut(theta: Arrays, rank: int) -> dict[str, Array]:
@@ -28,10 +37,12 @@ def cut(theta: Arrays, rank: int) -> dict[str, Array]:
     return found
 
 
-def assign(state: State, clients: Sequence[str], data: Mapping[str, int], config: Ranked) -> dict[str, Assignment]:
+def assign(
+    state: State, clients: Sequence[str], data: Mapping[str, int], config: Ranked, ctx: Context
+) -> dict[str, Assignment]:
     """theta in each client's rank."""
     theta = averaging.theta(state.sent)
-    ranks = ranks_of(data, theta, config)
+    ranks = ranks_of(data, theta, config, ctx)
     return {
         client: Assignment(state.base, state.round + 1, client, cut(theta, ranks[client]), state.scalars)
         for client in clients

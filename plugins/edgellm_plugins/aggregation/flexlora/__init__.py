@@ -33,11 +33,11 @@ PLUGIN = Plugin(
 
 @hookimpl
 def edgellm_assign(
-    state: State, clients: Sequence[str], data: Mapping[str, int], config: Config
+    state: State, clients: Sequence[str], data: Mapping[str, int], config: Config, ctx: Context
 ) -> Mapping[str, Assignment]:
     from edgellm_plugins.aggregation.ranking import assign
 
-    return assign(state, clients, data, config)
+    return assign(state, clients, data, config, ctx)
 
 
 @hookimpl

@@ -48,7 +48,7 @@ def assign(
 ) -> dict[str, Assignment]:
     """What the client lacks of the stacks, and its rank; theta_0 in the first round, later only what is no factor."""
     theta = averaging.theta(state.arrays)
-    ranks = ranking.ranks_of(data, theta, config)
+    ranks = ranking.ranks_of(data, theta, config, ctx)
     ctx.starts = {client: ranking.cut(theta, ranks[client]) for client in clients}
     found = {}
     for client in clients:
