@@ -18,9 +18,8 @@ class Weighted:
 class Ranked(Weighted):
     ranks: str = opt("", "ranks with commas, dealt to clients by name, over and over; empty: all that of the method")
     upload_seconds: float = opt(
-        30.0, "a client whose uplink is known (--profiles) gets the largest of the ranks that it sends in this", unit="s",
-        ge=0,
-    )  # fmt: skip
+        30.0, "a client whose uplink is known (--profiles) gets the largest rank that it sends in this", unit="s", ge=0
+    )
 
     def chosen(self, most: int) -> list[int]:
         """The ranks, of which none may be above `most`, that of the method. ConfigError for anything else."""
