@@ -30,7 +30,7 @@ FIRST_METRICS = (
     "downloaded",
 )
 USERS_LOSSES = ("base", "global", "own")
-X_LABELS = {"forwards": "perturbed inferences", "seconds": "seconds", "rounds": "rounds", "steps": "accepted steps"}
+X_LABELS = {"forwards": "forward passes", "seconds": "seconds", "rounds": "rounds", "steps": "steps"}
 FAMILIES = ("loss", "accuracy", "perplexity", "variance", "perturbations")
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e-?\d+)?")
 
