@@ -69,7 +69,7 @@ def _refuse_constant(text: str) -> Any:
 def _finite(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
-        raise ValueError(f"{text[:20]} is larger than any number here")
+        raise ValueError(f"{text[:20]} is too large for a number")
     return value
 
 
