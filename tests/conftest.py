@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,37 @@ from edgellm_sdk.types import ModelHandle
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach a hub
+
+BAR = pytest.StashKey[dict[str, list[str]]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--bar-report", metavar="FILE", help="write what became of every row of the reliability bar")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Which row of the bar a test belongs to: `bar(ROW)` at full size, `row(ROW)` where that is what always runs."""
+    marks = ((item, mark) for item in items for mark in item.iter_markers() if mark.name in ("bar", "row"))
+    config.stash[BAR] = {item.nodeid: [str(word) for word in mark.args] for item, mark in marks}
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    path = config.getoption("--bar-report")
+    if not path:
+        return
+    rows: dict[str, dict[str, float]] = {}
+    for outcome in ("passed", "failed", "error", "skipped"):
+        for report in terminalreporter.stats.get(outcome, []):
+            for row in config.stash[BAR].get(report.nodeid, []):
+                found = rows.setdefault(row, {"passed": 0, "failed": 0, "skipped": 0, "seconds": 0.0})
+                found["failed" if outcome == "error" else outcome] += 1
+                found["seconds"] = round(found["seconds"] + report.duration, 2)
+    command = "make bar"
+    Path(path).write_text(json.dumps({"command": command, "rows": rows}, indent=2, sort_keys=True) + "\n")
+    terminalreporter.section("the reliability bar")
+    for row, found in sorted(rows.items()):
+        terminalreporter.write_line("  ".join([row, *(f"{name} {value:g}" for name, value in found.items())]))
+
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + "

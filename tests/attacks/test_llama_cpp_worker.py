@@ -88,7 +88,7 @@ def mutants(raw: bytes, count: int) -> Iterator[bytes]:
         yield bytes(data)
 
 
-@pytest.mark.parametrize("count", [24, pytest.param(200, marks=pytest.mark.bar)])
+@pytest.mark.parametrize("count", [24, pytest.param(200, marks=pytest.mark.bar("F2"))])
 def test_mutants_that_reach_llama_cpp_never_hurt_the_parent(
     tiny_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
 ) -> None:

@@ -167,6 +167,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.row("B1")
 def test_a_bad_update_is_as_if_absent(name: str, folders: Callable[[str], Path], tmp_path: Path) -> None:
     """25 kinds on each rule: the same bytes as without that client, and a reason in the ledger."""
     case = bench(name, folders(name))
@@ -279,7 +280,7 @@ def scheduled(
     return wire.state_to_bytes(run_rounds(relay, start, plan, engine, ctx, ledger)), ledger
 
 
-@pytest.mark.parametrize("seeds", [2, pytest.param(20, marks=pytest.mark.bar)])
+@pytest.mark.parametrize("seeds", [2, pytest.param(20, marks=pytest.mark.bar("B2"))])
 @pytest.mark.parametrize("kind", SCHEDULES)
 def test_each_update_counts_once_whatever_the_schedule(kind: str, seeds: int, tmp_path: Path) -> None:
     """12 schedules, on the mean and on a rule that remembers and one that chooses."""
@@ -296,6 +297,7 @@ def test_each_update_counts_once_whatever_the_schedule(kind: str, seeds: int, tm
             assert len(ledger.rows()) == 3 * len(CLIENTS)  # one line for each client that was asked
 
 
+@pytest.mark.row("B2")
 def test_of_two_updates_the_first_counts(tmp_path: Path) -> None:
     """Whichever of two valid updates of one client arrives first, the other is nothing."""
     loaded = registry.get("fedavg", "aggregate")
@@ -391,6 +393,7 @@ def fedavg() -> Relay:
 
 
 @pytest.mark.parametrize("kind", [*MALFORMED, *FIELDS])
+@pytest.mark.row("F5")
 def test_a_malformed_reply_is_refused_with_its_reason(kind: str, tmp_path: Path) -> None:
     relay = fedavg()
     ctx = Context(tmp_path, seed=1, configs=relay.configs)
@@ -401,7 +404,7 @@ def test_a_malformed_reply_is_refused_with_its_reason(kind: str, tmp_path: Path)
     assert reason and len(reason) <= 200 and reason.isprintable()
 
 
-@pytest.mark.parametrize("count", [2000, pytest.param(20_000, marks=pytest.mark.bar)])
+@pytest.mark.parametrize("count", [2000, pytest.param(20_000, marks=pytest.mark.bar("F5"))])
 def test_mutants_of_an_update_are_refused_or_are_updates(count: int, tmp_path: Path) -> None:
     """The state is what the rule makes of the honest and of those mutants that are whole updates, to the byte."""
     relay = fedavg()

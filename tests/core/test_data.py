@@ -340,7 +340,7 @@ def test_any_bytes_give_a_dataset_or_one_line(tmp_path_factory: pytest.TempPathF
             one_line(error)
 
 
-@pytest.mark.bar
+@pytest.mark.bar("U2")
 @pytest.mark.parametrize("row", ['"text": "{}"', '"text": "{}", "label": "spam"', '"prompt": "{}", "completion": "{}"'])
 def test_a_million_lines(tmp_path: Path, row: str) -> None:
     path = tmp_path / "many.jsonl"

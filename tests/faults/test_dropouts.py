@@ -40,6 +40,7 @@ class Fleet:
 
 @pytest.mark.parametrize("share", [k / 10 for k in range(1, 10)])
 @pytest.mark.parametrize("seed", range(10))
+@pytest.mark.row("B3")
 def test_a_round_counts_if_the_quorum_answers(share: float, seed: int, tmp_path: Path) -> None:
     fleet, ctx = Fleet(share, seed), Context(tmp_path, seed=seed, rounds=ROUNDS)
     plan = Plan({f"c{k:02d}": 1 for k in range(CLIENTS)}, CLIENTS, ROUNDS, QUORUM, ATTEMPTS)

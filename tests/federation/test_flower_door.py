@@ -84,6 +84,7 @@ def forged(made: Path, place: Path, days: int = 1, usage: Any = ExtendedKeyUsage
     return place
 
 
+@pytest.mark.row("S1")
 def test_an_admitted_client_gets_in(made: Path, hub: Hub) -> None:
     knock(hub, made / "clients" / "client-000")
     own = link.Link(f"127.0.0.1:{hub.port}", keys.read(made / "clients" / "client-000"), 5)
@@ -92,6 +93,7 @@ def test_an_admitted_client_gets_in(made: Path, hub: Hub) -> None:
     own.close()
 
 
+@pytest.mark.row("S1")
 def test_another_authority_is_refused_by_both_sides(made: Path, hub: Hub, tmp_path: Path) -> None:
     keys.make(tmp_path, 1, [])
     with pytest.raises(FederationError, match="not the server of this federation"):
@@ -102,6 +104,7 @@ def test_another_authority_is_refused_by_both_sides(made: Path, hub: Hub, tmp_pa
         knock(hub, mixed)
 
 
+@pytest.mark.row("S1")
 def test_no_certificate_is_refused(made: Path, hub: Hub) -> None:
     context = ssl.create_default_context(cafile=str(made / "server" / "ca.pem"))
     with socket.create_connection(("127.0.0.1", hub.port), 5) as plain:
@@ -119,6 +122,7 @@ def test_no_certificate_is_refused(made: Path, hub: Hub) -> None:
 
 
 @pytest.mark.parametrize("fault", ["expired", "usage"])
+@pytest.mark.row("S1")
 def test_a_certificate_that_is_no_longer_or_not_a_clients_is_refused(
     made: Path, hub: Hub, tmp_path: Path, fault: str
 ) -> None:
@@ -129,11 +133,13 @@ def test_a_certificate_that_is_no_longer_or_not_a_clients_is_refused(
         knock(hub, forgery)
 
 
+@pytest.mark.row("S1")
 def test_the_servers_name_is_checked(made: Path, hub: Hub) -> None:
     with pytest.raises(FederationError, match="not the server of this federation"):
         knock(hub, made / "clients" / "client-000", "127.0.0.2")
 
 
+@pytest.mark.row("S1")
 def test_plain_text_and_tls_1_2_are_refused(made: Path, hub: Hub) -> None:
     with socket.create_connection(("127.0.0.1", hub.port), 5) as plain:
         plain.sendall(link.PREFACE)
@@ -145,6 +151,7 @@ def test_plain_text_and_tls_1_2_are_refused(made: Path, hub: Hub) -> None:
         context.wrap_socket(plain, server_hostname="127.0.0.1")
 
 
+@pytest.mark.row("S1")
 def test_a_revoked_key_is_turned_away(tmp_path: Path) -> None:
     keys.make(tmp_path, 2, [])
     assert keys.make(tmp_path, 0, [], ["client-001"]) == ["client-000"]
@@ -159,6 +166,7 @@ def test_a_revoked_key_is_turned_away(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("minutes", [-10, 10])
+@pytest.mark.row("S1")
 def test_a_clock_ten_minutes_off_is_refused(
     made: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch, minutes: int
 ) -> None:
@@ -170,6 +178,7 @@ def test_a_clock_ten_minutes_off_is_refused(
     own.close()
 
 
+@pytest.mark.row("S1")
 def test_another_nodes_signature_is_worth_nothing(made: Path, hub: Hub) -> None:
     """client-001's valid signature under client-000's node id, and an answer in another's name."""
     address = f"127.0.0.1:{hub.port}"
@@ -231,6 +240,7 @@ def test_a_client_hello_is_read_for_its_versions() -> None:
         assert not any(front.offers_tls13(hello[:cut]) for cut in range(40))
 
 
+@pytest.mark.row("B6")
 def test_silent_and_slow_connections_make_room(made: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     """1000 connections that say nothing, one that says a byte a second: a client still gets in."""
     monkeypatch.setattr(front, "HELLO_SECONDS", 1.0)

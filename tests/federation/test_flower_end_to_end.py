@@ -266,7 +266,7 @@ def test_a_shard_is_a_part_and_an_address_is_one(data: Path, tmp_path: Path) -> 
         join(f"127.0.0.1:{free_port()}", str(data), tmp_path / "run", insecure=True, name="a", patience=0.5)
 
 
-@pytest.mark.bar
+@pytest.mark.bar("B5")
 @pytest.mark.parametrize("number", range(10))
 def test_a_server_killed_at_any_moment_resumes_to_the_same_bytes(
     tiny_llama: Path, recipe: Path, data: Path, folder: Path, expected: str, tmp_path: Path, number: int,

@@ -130,6 +130,7 @@ def test_messages_arrive_and_the_socket_agrees_within_one_percent(hub: Hub, made
     assert {p.read_bytes() for p in (tmp_path / "client-000" / "wire").glob("*.bin")} >= {bodies["client-000"][::-1]}
 
 
+@pytest.mark.row("B6")
 def test_a_client_that_vanishes_mid_upload_is_left_out_and_the_others_finish(
     hub: Hub, made: Path, tmp_path: Path
 ) -> None:
@@ -148,6 +149,7 @@ def test_a_client_that_vanishes_mid_upload_is_left_out_and_the_others_finish(
         assert time.monotonic() - began < 5
 
 
+@pytest.mark.row("B3")
 def test_the_deadline_is_kept(hub: Hub, made: Path, tmp_path: Path) -> None:
     free = threading.Event()
     with clients(hub, made, tmp_path, [None, lambda message: free.wait(30) and b"late"]) as (people, _):
@@ -175,6 +177,7 @@ def test_a_client_that_comes_again_gets_its_work_again(hub: Hub, made: Path, tmp
     second[0].join(5)
 
 
+@pytest.mark.row("B6")
 def test_a_message_over_the_limit_is_refused_and_costs_no_memory(hub: Hub, made: Path, tmp_path: Path) -> None:
     big = bytes(64 << 20)
     with clients(hub, made, tmp_path, [lambda message: big, None]) as (people, _):
@@ -182,6 +185,7 @@ def test_a_message_over_the_limit_is_refused_and_costs_no_memory(hub: Hub, made:
         assert found["client-001"] == b"dc" and isinstance(found["client-000"], Failure)
 
 
+@pytest.mark.row("B6")
 def test_a_declared_body_of_many_gigabytes_takes_no_memory(hub: Hub, made: Path, tmp_path: Path) -> None:
     """HTTP/2 by hand: content-length 10 GiB, a gRPC frame of 4 GiB - 1, of which 1 MiB is sent."""
     place = made / "clients" / "client-002"

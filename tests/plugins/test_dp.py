@@ -150,6 +150,7 @@ def test_nothing_else_about_the_data_is_passed_on(tmp_path: Path, monkeypatch: p
 # Noise
 
 
+@pytest.mark.row("P3")
 def test_noise_has_its_deviation_and_is_normal() -> None:
     """P3: 10^6 draws, sigma within 0.5 % (7 standard errors), KS p > 0.001; a second draw for the one time in 1000."""
     for _ in range(2):
@@ -210,6 +211,7 @@ def lower_bound(hits: int, false: int, trials: int, delta: float) -> float:
 
 
 @pytest.mark.parametrize("deviation, breaks", [(2.0, False), (0.2, True)])
+@pytest.mark.row("P3")
 def test_a_canary_proves_no_more_than_epsilon(deviation: float, breaks: bool) -> None:
     """P3: one client sends a vector of its own, 1000 trials; noise of a tenth is found out."""
     canary, epsilon = {"w": np.full(50, 3.0)}, accountant.epsilon(1.0, 2.0, 1, 1e-5)
@@ -268,6 +270,7 @@ def test_epsilon_lies_between_the_tight_and_a_looser_bound(q: float, z: float, c
     assert close <= own and found <= own * 1.0001 <= 1.15 * found
 
 
+@pytest.mark.row("P2")
 def test_25_points_golden_value_and_monotony() -> None:
     """Opacus, sigma 1.5, q 0.04, 2250 steps, delta 1e-5: 7.32911117143."""
     assert len(POINTS) == 25
@@ -569,6 +572,7 @@ def killed(at: int, run: Run, name: str, dp: Mapping[str, Any]) -> int:
     os._exit(9)
 
 
+@pytest.mark.row("P2")
 def test_kill_9_wastes_budget_and_never_uses_it_twice(run: Run, tmp_path: Path) -> None:
     """Killed between charge and noise in round 2: the round is charged again, the report says four; a budget for three
     is then exhausted: exit 9, with the state after round 2 as it was."""

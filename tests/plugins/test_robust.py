@@ -315,6 +315,7 @@ def errors() -> dict[tuple[str, str, str, int], dict[str, float] | None]:
     return found
 
 
+@pytest.mark.row("B4")
 def test_every_rule_keeps_within_the_bound_of_its_page(errors: Mapping[Any, Any]) -> None:
     for (setting, name, attack, f), measured in errors.items():
         if name in BOUNDS and measured and f <= 3:
@@ -330,6 +331,7 @@ def test_the_page_says_its_bound(name: str) -> None:
 
 @pytest.mark.parametrize("setting", byzantine.SETTINGS)
 @pytest.mark.parametrize("attack", byzantine.ATTACKS)
+@pytest.mark.row("B4")
 def test_some_rule_stands_each_attack_within_three_times_the_floor(
     errors: Mapping[Any, Any], setting: str, attack: str
 ) -> None:
@@ -345,6 +347,7 @@ def test_some_rule_stands_each_attack_within_three_times_the_floor(
         assert errors[setting, "fedavg", attack, 3]["mean"] > 10 * floor
 
 
+@pytest.mark.row("B4")
 def test_beyond_its_limit_a_rule_refuses(errors: Mapping[Any, Any]) -> None:
     for (setting, name, _, f), measured in errors.items():
         by_coordinate = name in BY_COORDINATE and setting == "both factors"

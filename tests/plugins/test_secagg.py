@@ -136,7 +136,7 @@ def test_the_masked_sum_is_the_integer_sum(n: int, gone: int, d: int) -> None:
     sums_are_exact(n, gone, d)
 
 
-@pytest.mark.bar
+@pytest.mark.bar("P1")
 @pytest.mark.parametrize("n, gone, d", p1((3, 5, 10, 32, 100), (1, 1000, 20_000)))
 def test_the_masked_sum_is_the_integer_sum_at_full_size(n: int, gone: int, d: int) -> None:
     sums_are_exact(n, gone, d)
