@@ -20,7 +20,7 @@ test: $(READY)
 check: test
 
 bar: $(READY)
-	$(BIN)/python -m pytest -m 'bar or row' --bar-report cookbook/benchmarks/results/bar.json
+	$(BIN)/python -m pytest -m 'bar or row' --bar-report=cookbook/benchmarks/results/bar.json
 
 # torch first and pinned: an unpinned torch may bring gigabytes of CUDA. llama-cpp-python compiles for some minutes.
 $(READY): pyproject.toml constraints.txt
