@@ -64,7 +64,8 @@ class Context:
     plugin's config; a wrapper finds its own under its name in `configs`. On the server `assigned` is what each client
     of the round was sent, `starts` what it trains from where that is not what it was sent (`edgellm_assign` sets it),
     `profiles` what clients say they have, `foretold` what whoever assigned work expects it to cost; on a client `drift`
-    changes the gradients of the turn at hand, and `spent` is what turns did cost.
+    changes the gradients of the turn at hand, `spent` is what turns did cost, and `highest` the most resident bytes
+    before the last of them.
     """
 
     folder: Path
@@ -86,6 +87,7 @@ class Context:
     profiles: Mapping[str, Profile] = field(default_factory=dict)
     foretold: dict[str, Cost] = field(default_factory=dict)
     spent: dict[str, Cost] = field(default_factory=dict)
+    highest: int = 0
     started: float = field(default_factory=time.monotonic)
     _kept: dict[str, Any] = field(default_factory=dict)
 

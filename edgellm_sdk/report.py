@@ -89,8 +89,7 @@ class Report:
         """Take time and memory from `meter`, curves and notes from `ctx`, and look at the environment."""
         self.started = meter.started
         self.wall_seconds, self.cpu_seconds = meter.wall_seconds, meter.cpu_seconds
-        turns = ctx.spent.values() if ctx is not None else ()
-        self.peak_rss_bytes = max([meter.peak_rss_bytes, *(turn.peak for turn in turns)])
+        self.peak_rss_bytes = max(meter.peak_rss_bytes, ctx.highest if ctx is not None else 0)
         self.environment = environment()
         if ctx is not None:
             self.curves = dict(ctx.curves)

@@ -18,8 +18,7 @@ NOT_THE_CLIENTS_FAULT = (ConfigError, DeviceError, Interrupted, PluginError, Sto
 def work(relay: Relay, model: ModelHandle, data: Dataset, client: str, message: bytes, ctx: Context) -> bytes | Failure:
     """What `client` answers to `message`; what it cost goes to `ctx.spent`. Work that raises leaves the client out of
     the round with its reason, unless the error is none of its own."""
-    before, began = peak_rss(), time.monotonic()
-    ctx.spent[""] = Cost(max(before, ctx.spent.get("", Cost()).peak))  # what is forgotten now
+    ctx.highest, began = max(ctx.highest, peak_rss()), time.monotonic()
     forget_peak()
     try:
         return wire.update_to_bytes(relay.finetune(model, data, wire.assignment_from_bytes(message, client), ctx))

@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, TypeAlias
 
 from edgellm_sdk import wire
@@ -46,10 +47,15 @@ class Plan:
     attempts: int = 3
     watch_every: int = 0
 
+    @cached_property
+    def names(self) -> list[str]:
+        """The enrolled clients, sorted."""
+        return sorted(self.clients)
+
 
 def sample(plan: Plan, cohort: int, attempt: int, ctx: Context) -> list[str]:
     """This cohort's clients, sorted. A repeated round draws again."""
-    return ctx.stream(f"cohort/{cohort}", attempt).sample(sorted(plan.clients), plan.per_round)
+    return ctx.stream(f"cohort/{cohort}", attempt).sample(plan.names, plan.per_round)
 
 
 @dataclass
@@ -146,7 +152,7 @@ def _one_round(
     number = state.round + 1
     reasons: dict[str, str] = {}
     for attempt in range(plan.attempts):
-        chosen = relay.cohort(sorted(plan.clients), plan.per_round, state.cohort, attempt, ctx)
+        chosen = relay.cohort(plan.names, plan.per_round, state.cohort, attempt, ctx)
         clients = chosen or sample(plan, state.cohort, attempt, ctx)
         assignments = relay.assign(state, clients, plan.clients, ctx)
         ctx.assigned = assignments

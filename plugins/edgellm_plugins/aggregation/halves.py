@@ -15,7 +15,7 @@ import numpy as np
 
 from edgellm_plugins.aggregation import factors, turns
 from edgellm_plugins.aggregation.factors import A, B
-from edgellm_plugins.aggregation.lora_options import Weighted
+from edgellm_plugins.aggregation.options import Weighted
 from edgellm_sdk.context import Context
 from edgellm_sdk.errors import FederationError
 from edgellm_sdk.kit import averaging

@@ -1,17 +1,12 @@
-"""Options that rules for LoRA factors share. A rule inherits them and adds its own."""
+"""Options of rules for LoRA factors of unlike rank."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from edgellm_plugins.aggregation.options import Weighted
 from edgellm_sdk.config import opt
 from edgellm_sdk.errors import ConfigError
-
-
-@dataclass(frozen=True)
-class Weighted:
-    weighting: str = opt("examples", "weight of a client", choices=("examples", "equal"))
-    cap: int = opt(0, "largest number of examples a client may claim; 0 means none", unit="examples", ge=0)
 
 
 @dataclass(frozen=True)

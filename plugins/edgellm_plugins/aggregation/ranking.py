@@ -21,10 +21,10 @@ def ranks_of(data: Mapping[str, int], theta: Arrays, config: Ranked, ctx: Contex
     most = min((len(theta[f"{module}.{A}"]) for module in factors.modules(theta)), default=0)
     chosen = config.chosen(most)
     ranks = {client: chosen[place % len(chosen)] for place, client in enumerate(sorted(data))}
-    for client in sorted(ranks.keys() & ctx.profiles.keys()):
-        if link := ctx.profiles[client].up:
-            bits = {rank: 8 * sum(array.nbytes for array in cut(theta, rank).values()) for rank in set(chosen)}
-            ranks[client] = max((r for r in bits if bits[r] <= link * config.upload_seconds), default=min(bits))
+    bits = {rank: 8 * sum(array.nbytes for array in cut(theta, rank).values()) for rank in set(chosen)}
+    for client, profile in ctx.profiles.items():
+        if profile.up and client in ranks:
+            ranks[client] = max((r for r in bits if bits[r] <= profile.up * config.upload_seconds), default=min(bits))
     return ranks
 
 

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from edgellm_plugins.aggregation.hooks import rule_hooks
 from edgellm_plugins.aggregation.options import Weighted
 from edgellm_sdk.config import opt
-from edgellm_sdk.hookspecs import hookimpl
 from edgellm_sdk.registry import Plugin
-
-if TYPE_CHECKING:
-    from edgellm_sdk.context import Context
-    from edgellm_sdk.types import State, Update
 
 
 @dataclass(frozen=True)
@@ -32,15 +26,4 @@ PLUGIN = Plugin(
 )
 
 
-@hookimpl
-def edgellm_screen(updates: Sequence[Update], state: State, ctx: Context) -> Mapping[str, str]:
-    from edgellm_sdk.kit.averaging import screen
-
-    return screen(updates, state, ctx)
-
-
-@hookimpl
-def edgellm_aggregate(state: State, updates: Sequence[Update], config: Config, ctx: Context) -> State:
-    from edgellm_plugins.aggregation.fedavgm.method import aggregate
-
-    return aggregate(state, updates, config, ctx)
+edgellm_screen, edgellm_aggregate = rule_hooks(__name__)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgellm_plugins.aggregation.lora_options import Weighted
+from edgellm_plugins.aggregation.hooks import rule_hooks
+from edgellm_plugins.aggregation.options import Weighted
 from edgellm_sdk.config import opt
 from edgellm_sdk.hookspecs import hookimpl
 from edgellm_sdk.registry import Plugin
@@ -52,20 +53,6 @@ def edgellm_finetune(assignment: Assignment, ctx: Context) -> Generator[None, Up
     return kept((yield), assignment, ctx)
 
 
-@hookimpl
-def edgellm_screen(updates: Sequence[Update], state: State, ctx: Context) -> Mapping[str, str]:
-    from edgellm_sdk.kit.averaging import screen
-
-    return screen(updates, state, ctx)
-
-
-@hookimpl
-def edgellm_aggregate(state: State, updates: Sequence[Update], config: Config, ctx: Context) -> State:
-    from edgellm_plugins.aggregation.fedsa_lora.method import aggregate
-
-    return aggregate(state, updates, config, ctx)
-
-
 @hookimpl(wrapper=True)
 def edgellm_measure(subject: Session | State, data: Dataset, ctx: Context) -> Generator[None, Any, Any]:
     from edgellm_plugins.aggregation.fedsa_lora.method import measured
@@ -78,3 +65,6 @@ def edgellm_personalise(state: State, folder: Path, ctx: Context) -> Generator[N
     from edgellm_plugins.aggregation.fedsa_lora.method import personal
 
     return personal((yield), state, folder, ctx.configs[PLUGIN.name], ctx)
+
+
+edgellm_screen, edgellm_aggregate = rule_hooks(__name__)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from edgellm_plugins.aggregation.hooks import rule_hooks
 from edgellm_plugins.aggregation.lora_options import Ranked
 from edgellm_sdk.hookspecs import hookimpl
 from edgellm_sdk.registry import Plugin
 
 if TYPE_CHECKING:
     from edgellm_sdk.context import Context
-    from edgellm_sdk.types import Assignment, State, Update
+    from edgellm_sdk.types import Assignment, State
 
 Config = Ranked
 PLUGIN = Plugin(
@@ -39,15 +40,4 @@ def edgellm_prepare(assignment: Assignment, ctx: Context) -> Assignment:
     return prepare(assignment, ctx)
 
 
-@hookimpl
-def edgellm_screen(updates: Sequence[Update], state: State, ctx: Context) -> Mapping[str, str]:
-    from edgellm_plugins.aggregation.ranking import screen
-
-    return screen(updates, state, ctx)
-
-
-@hookimpl
-def edgellm_aggregate(state: State, updates: Sequence[Update], config: Config, ctx: Context) -> State:
-    from edgellm_plugins.aggregation.flora.method import aggregate
-
-    return aggregate(state, updates, config, ctx)
+edgellm_screen, edgellm_aggregate = rule_hooks(__name__, "edgellm_plugins.aggregation.ranking")

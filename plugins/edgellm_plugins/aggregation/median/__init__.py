@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Generator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from edgellm_plugins.aggregation.hooks import rule_hooks
 from edgellm_sdk.hookspecs import hookimpl
 from edgellm_sdk.registry import Plugin
 
 if TYPE_CHECKING:
     from edgellm_sdk.context import Context
-    from edgellm_sdk.types import Assignment, State, Update
+    from edgellm_sdk.types import Assignment, State
 
 
 PLUGIN = Plugin(
@@ -31,15 +32,4 @@ def edgellm_assign(
     return (yield)
 
 
-@hookimpl
-def edgellm_screen(updates: Sequence[Update], state: State, ctx: Context) -> Mapping[str, str]:
-    from edgellm_sdk.kit.averaging import screen
-
-    return screen(updates, state, ctx)
-
-
-@hookimpl
-def edgellm_aggregate(state: State, updates: Sequence[Update], ctx: Context) -> State:
-    from edgellm_plugins.aggregation.median.method import aggregate
-
-    return aggregate(state, updates, ctx)
+edgellm_screen, edgellm_aggregate = rule_hooks(__name__)

@@ -15,10 +15,11 @@ import numpy as np
 from edgellm_plugins.aggregation import robust
 from edgellm_plugins.aggregation.median import PLUGIN
 from edgellm_sdk.context import Context
+from edgellm_sdk.registry import NoOptions
 from edgellm_sdk.types import State, Update
 
 
-def aggregate(state: State, updates: Sequence[Update], ctx: Context) -> State:
+def aggregate(state: State, updates: Sequence[Update], config: NoOptions, ctx: Context) -> State:
     """The state one round later. ConfigError where both factors of a LoRA train."""
     rows, changes = robust.by_coordinate(state, updates, PLUGIN.name, ctx)
     middle = {name: np.median([change[name] for change in changes], axis=0) for name in changes[0]}

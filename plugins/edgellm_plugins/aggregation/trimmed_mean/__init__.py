@@ -6,13 +6,14 @@ from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from edgellm_plugins.aggregation.hooks import rule_hooks
 from edgellm_plugins.aggregation.options import Byzantine
 from edgellm_sdk.hookspecs import hookimpl
 from edgellm_sdk.registry import Plugin
 
 if TYPE_CHECKING:
     from edgellm_sdk.context import Context
-    from edgellm_sdk.types import Assignment, State, Update
+    from edgellm_sdk.types import Assignment, State
 
 
 @dataclass(frozen=True)
@@ -40,15 +41,4 @@ def edgellm_assign(
     return (yield)
 
 
-@hookimpl
-def edgellm_screen(updates: Sequence[Update], state: State, ctx: Context) -> Mapping[str, str]:
-    from edgellm_sdk.kit.averaging import screen
-
-    return screen(updates, state, ctx)
-
-
-@hookimpl
-def edgellm_aggregate(state: State, updates: Sequence[Update], config: Config, ctx: Context) -> State:
-    from edgellm_plugins.aggregation.trimmed_mean.method import aggregate
-
-    return aggregate(state, updates, config, ctx)
+edgellm_screen, edgellm_aggregate = rule_hooks(__name__)

@@ -17,7 +17,7 @@ Where we differ from the paper and its code (and why):
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -84,6 +84,11 @@ def _alpaca(example: Example, name: str) -> Example:
     asked, _, given = turns[0]["content"].partition("\n\n")
     extra = f"### Input:\n{given}\n\n" if given else ""
     return replace(example, prompt=ALPACA.format(more=MORE if given else "", asked=asked, given=extra))
+
+
+def screen(updates: Sequence[Update], state: State, ctx: Context) -> Mapping[str, str]:
+    """As `local.screen`."""
+    return local.screen(updates, state, ctx.configs[PLUGIN.name], ctx)
 
 
 def measure(subject: Any, data: Dataset, ctx: Context) -> Mapping[str, Metric] | None:

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 from edgellm_plugins.federated.options import Local
+from edgellm_plugins.training.hooks import training_hooks
 from edgellm_sdk.config import opt
-from edgellm_sdk.hookspecs import hookimpl
 from edgellm_sdk.registry import Plugin
-
-if TYPE_CHECKING:
-    from edgellm_sdk.context import Context
-    from edgellm_sdk.types import Assignment, Dataset, Metric, ModelHandle, Session, State, Update
 
 
 @dataclass(frozen=True)
@@ -44,43 +37,11 @@ PLUGIN = Plugin(
 )
 
 
-@hookimpl
-def edgellm_initialise(model: ModelHandle, config: Config, ctx: Context) -> State:
-    from edgellm_plugins.federated.fedpetuning.method import initialise
-
-    return initialise(model, config, ctx)
-
-
-@hookimpl
-def edgellm_finetune(model: ModelHandle, data: Dataset, assignment: Assignment, config: Config, ctx: Context) -> Update:
-    from edgellm_plugins.federated.fedpetuning.method import finetune
-
-    return finetune(model, data, assignment, config, ctx)
-
-
-@hookimpl
-def edgellm_screen(updates: Sequence[Update], state: State, ctx: Context) -> Mapping[str, str]:
-    from edgellm_plugins.federated.local import screen
-
-    return screen(updates, state, ctx.configs[PLUGIN.name], ctx)
-
-
-@hookimpl
-def edgellm_aggregate(state: State, updates: Sequence[Update], ctx: Context) -> State:
-    from edgellm_plugins.training.backprop import aggregate
-
-    return aggregate(state, updates, ctx)
-
-
-@hookimpl
-def edgellm_personalise(model: ModelHandle, state: State, folder: Path, config: Config, ctx: Context) -> ModelHandle:
-    from edgellm_plugins.federated.fedpetuning.method import personalise
-
-    return personalise(model, state, folder, config, ctx)
-
-
-@hookimpl
-def edgellm_measure(subject: Session | State, data: Dataset, ctx: Context) -> Mapping[str, Metric] | None:
-    from edgellm_plugins.federated.fedpetuning.method import measure
-
-    return measure(subject, data, ctx)
+(
+    edgellm_initialise,
+    edgellm_finetune,
+    edgellm_screen,
+    edgellm_aggregate,
+    edgellm_personalise,
+    edgellm_measure,
+) = training_hooks(__name__)

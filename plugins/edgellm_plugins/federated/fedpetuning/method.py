@@ -28,7 +28,7 @@ Where we differ from the paper and its code (and why):
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -148,6 +148,11 @@ def finetune(model: ModelHandle, data: Dataset, assignment: Assignment, config: 
     if MLP[0] in assignment.arrays:
         slope = through(slope, frozen.initial)
     return local.finetune(slope, _told(config), data, assignment, config, ctx)
+
+
+def screen(updates: Sequence[Update], state: State, ctx: Context) -> Mapping[str, str]:
+    """As `local.screen`."""
+    return local.screen(updates, state, ctx.configs[PLUGIN.name], ctx)
 
 
 def measure(subject: Any, data: Dataset, ctx: Context) -> Mapping[str, Metric] | None:

@@ -237,3 +237,6 @@ def aggregate(state: State, updates: Sequence[Update], config: Config, ctx: Cont
 def personalise(model: ModelHandle, state: State, folder: Path, config: Config, ctx: Context) -> ModelHandle:
     """theta as a PEFT LoRA, A included, on its base."""
     return backprop.personalise(model, state, folder, _objective(model, config, ctx))
+
+
+measure = backprop.measure

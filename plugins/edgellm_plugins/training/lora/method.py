@@ -48,3 +48,6 @@ def screen(updates: Sequence[Update], state: State, ctx: Context) -> dict[str, s
 def personalise(model: ModelHandle, state: State, folder: Path, config: Config, ctx: Context) -> ModelHandle:
     """theta as a PEFT adapter on its base."""
     return backprop.personalise(model, state, folder, _frozen(model, config, ctx))
+
+
+measure = backprop.measure

@@ -159,3 +159,6 @@ def screen(updates: Sequence[Update], state: State, ctx: Context) -> Mapping[str
 def personalise(model: ModelHandle, state: State, folder: Path, config: Config, ctx: Context) -> ModelHandle:
     """theta as a PEFT LoRA, A included, on its base."""
     return backprop.personalise(model, state, folder, _objective(model, config, ctx))
+
+
+measure = backprop.measure
