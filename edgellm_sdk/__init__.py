@@ -16,9 +16,23 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from edgellm_sdk.steps import Outcome, aggregate, compare, compress, deploy, evaluate, export, finetune, run
+    from edgellm_sdk.steps import (
+        Outcome,
+        aggregate,
+        bench,
+        compare,
+        compress,
+        deploy,
+        evaluate,
+        export,
+        finetune,
+        run,
+        verify,
+    )
 
-__all__ = ["Outcome", "aggregate", "compare", "compress", "deploy", "evaluate", "export", "finetune", "run"]
+__all__ = [
+    "Outcome", "aggregate", "bench", "compare", "compress", "deploy", "evaluate", "export", "finetune", "run", "verify",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

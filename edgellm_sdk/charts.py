@@ -192,13 +192,15 @@ class Dot:
     high: float
 
 
-def scatter(title: str, x_label: str, dots: Sequence[Dot], share: bool) -> str:
-    """Named points with error bars."""
+def scatter(title: str, x_label: str, dots: Sequence[Dot], share: bool, front: Sequence[Dot] = ()) -> str:
+    """Named points with error bars, those of `front` joined."""
     across = axis([dot.x for dot in dots], LEFT, WIDTH - RIGHT - 10, zero=True)
     values = [v for dot in dots for v in (dot.low, dot.high)]
     up = axis(values, HEIGHT - BOTTOM, TOP)
     write: Callable[[float], str] = (lambda v: f"{100 * v:.0f} %") if share else short
     parts = [_frame(across, up, short, write, x_label)]
+    path = " ".join(f"{across.at(dot.x):.1f},{up.at(dot.y):.1f}" for dot in front)
+    parts += [f'<polyline class="front" points="{path}"/>'] if len(front) > 1 else []
     taken: list[float] = []
     for number, dot in enumerate(dots):
         x, y, colour = across.at(dot.x), up.at(dot.y), f"var(--c{number % COLOURS})"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from edgellm_sdk import charts, page_federation
 from edgellm_sdk.cli.screen import cell, size
 from edgellm_sdk.cli.show import comparison
+from edgellm_sdk.page_tables import html_cell, table, tables
 
 if TYPE_CHECKING:
     from edgellm_sdk.report import Report
@@ -29,10 +29,8 @@ FIRST_METRICS = (
     "uploaded",
     "downloaded",
 )
-USERS_LOSSES = ("base", "global", "own")
 X_LABELS = {"forwards": "forward passes", "seconds": "seconds", "rounds": "rounds", "steps": "steps"}
 FAMILIES = ("loss", "accuracy", "perplexity", "variance", "perturbations")
-_NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e-?\d+)?")
 
 
 def render(reports: Sequence[Report]) -> str:
@@ -102,10 +100,10 @@ def _overview(reports: Sequence[Report], leading: Report | None) -> str:
         ]
         for n, r in enumerate(reports, 1)
     ]
-    results = _tables(leading.tables) if leading else ""
+    results = tables(leading.tables) if leading else ""
     names, measured = comparison(reports)
     if not results and len(measured) > 1:
-        results = _tables([{"title": "Measured on held-out data", "columns": names, "rows": measured}])
+        results = tables([{"title": "Measured on held-out data", "columns": names, "rows": measured}])
     columns = ("", "step", "plugin", "time", "CPU time", "peak memory")
     return f"<section>{'<h2>Result</h2>' if results else ''}{results}<h3>Steps</h3>{table(columns, rows)}</section>"
 
@@ -119,7 +117,7 @@ def _section(report: Report, number: int, with_tables: bool) -> str:
         f"<h2>{escape(name)}{plugin}</h2>",
         _cards(report),
         _gate(report.verified),
-        _tables(report.tables) if with_tables else "",
+        tables(report.tables) if with_tables else "",
         _charts(report),
         _examples(report.examples),
         page_federation.section(report.federation),
@@ -168,87 +166,6 @@ def _cards(report: Report) -> str:
         for value, below in cards
     )
     return f'<div class="cards">{drawn}</div>' if cards else ""
-
-
-def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """An HTML table; columns of numbers lean right."""
-    lean = [' class="n"' if rows and all(_leans(row[i]) for row in rows) else "" for i in range(len(columns))]
-    head = "".join(f"<th{lean[i]}>{escape(str(name))}</th>" for i, name in enumerate(columns))
-    body = "".join(
-        "<tr>" + "".join(f"<td{lean[i]}>{_cell(value)}</td>" for i, value in enumerate(row)) + "</tr>" for row in rows
-    )
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-def _leans(value: Any) -> bool:
-    if isinstance(value, bool):
-        return False
-    return value is None or isinstance(value, (int, float)) or bool(_NUMBER.match(str(value)))
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, bool):
-        return f'<span class="{"good" if value else "bad"}">{"yes" if value else "no"}</span>'
-    return escape(cell(value))
-
-
-def _tables(tables: Sequence[Mapping[str, Any]]) -> str:
-    parts = []
-    for entry in tables:
-        parts.append(f"<h3>{escape(str(entry.get('title', '')))}</h3>{table(entry['columns'], entry['rows'])}")
-        drawn = _size_against_accuracy(entry["columns"], entry["rows"]) or _users(entry["columns"], entry["rows"])
-        parts.append(f'<div class="charts" style="margin-top:.9rem">{drawn}</div>' if drawn else "")
-    return "".join(parts)
-
-
-def _users(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Every user's losses on one line when a table has users, what each ships, and its losses by candidate."""
-    if list(columns[:5]) != ["user", "ships", *USERS_LOSSES]:
-        return ""
-    drawn = []
-    for row in rows:
-        losses = {n: float(v) for n, v in zip(USERS_LOSSES, row[2:5], strict=True) if isinstance(v, (int, float))}
-        if losses:
-            drawn.append((str(row[0]), losses, str(row[1])))
-    return charts.ranges("Loss of each user; the large dot is shipped", "nats per token", drawn) if drawn else ""
-
-
-def _size_against_accuracy(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A scatter when a table has a column of sizes and one of accuracies."""
-    sizes = [i for i, name in enumerate(columns) if re.search(r"\b(size|bytes|MB)\b", str(name), re.I)]
-    scores = [i for i, name in enumerate(columns) if "accuracy" in str(name).lower()]
-    if not sizes or not scores:
-        return ""
-    dots = []
-    for row in rows:
-        x, found = _megabytes(row[sizes[0]], str(columns[sizes[0]])), _numbers(row[scores[0]])
-        if x is not None and found:
-            inside = len(found) >= 3 and found[1] <= found[0] <= found[2]
-            low, high = (found[1], found[2]) if inside else (found[0], found[0])
-            dots.append(charts.Dot(str(row[0]), x, found[0], low, high))
-    if len(dots) < 2:
-        return ""
-    share = all(0 <= dot.high <= 1 for dot in dots)
-    against = str(columns[sizes[0]]).removesuffix(", MB")
-    return charts.scatter(f"{str(columns[scores[0]]).capitalize()} against {against}", "MB", dots, share)
-
-
-def _numbers(value: Any) -> list[float]:
-    """The numbers written in a cell: a value, and its interval where one follows."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return [float(value)]
-    return [float(number) for number in _NUMBER.findall(str(value).replace("\u2212", "-"))]
-
-
-def _megabytes(value: Any, column: str) -> float | None:
-    found = _numbers(value)
-    if not found:
-        return None
-    text = f"{value} {column}"
-    for unit, factor in (("GB", 1e3), ("MB", 1.0), ("kB", 1e-3)):
-        if re.search(rf"(?<![A-Za-z]){unit}\b", text):
-            return found[0] * factor
-    return found[0] / 1e6
 
 
 def _charts(report: Report) -> str:
@@ -343,8 +260,8 @@ def _gate(verified: Mapping[str, Any]) -> str:
     )
     rows = "".join(
         f'<tr><td class="{"good" if c.get("passed") else "bad"}">{"✓" if c.get("passed") else "✗"}</td>'
-        f'<td>{escape(str(c.get("name", "")))}</td><td class="n">{_cell(c.get("value"))}</td>'
-        f'<td class="n">{_cell(c.get("bound"))}</td><td>{escape(str(c.get("detail", "")))}</td></tr>'
+        f'<td>{escape(str(c.get("name", "")))}</td><td class="n">{html_cell(c.get("value"))}</td>'
+        f'<td class="n">{html_cell(c.get("bound"))}</td><td>{escape(str(c.get("detail", "")))}</td></tr>'
         for c in checks
     )
     grid = (

@@ -94,6 +94,15 @@ class Evaluate:
 
 
 @dataclass(frozen=True)
+class Verify:
+    against: str = opt("", "the model that the file is said to be: " + MODEL)
+    output: str = opt("", "folder for the report; empty writes none")
+    data: str = opt("", "its held-out prompts are compared; empty takes those of the model's own data, else ours")
+    task_prompt: str = opt("", TASK_PROMPT)
+    seed: int = opt(0, SEED, ge=0)
+
+
+@dataclass(frozen=True)
 class Deploy:
     prompt: str = opt("", "text to answer; without it, standard input or a chat on the terminal")
     user: str = opt("", "of a folder that export --users wrote: whose adapter; in a chat, /user NAME changes it")
@@ -143,6 +152,23 @@ class Compare:
     partition: str = opt("iid", "how the data is dealt: iid, dirichlet:ALPHA, skew:ALPHA, label:K or user")
     balance: bool = opt(False, BALANCE)
     task_prompt: str = opt("", TASK_PROMPT)
+
+
+@dataclass(frozen=True)
+class BenchDevice:
+    output: str = opt("", "folder to write")
+    data: str = opt("", "its held-out part is scored: " + DATA)
+    text: str = opt("", "text file for perplexity; empty takes the held-out part of the data")
+    against: str = opt("", "unquantised model or file that divergence is measured from")
+    device: str = opt("llama_cpp", "backend plugin that runs the files")
+    chunk: int = opt(512, "length of a chunk, of which the second half is scored", unit="tokens", ge=8, le=32_768)
+    chunks: int = opt(16, "chunks of the text at most", ge=1, le=100_000)
+    tokens: int = opt(64, "tokens to generate for the speed", unit="tokens", ge=1, le=4096)
+    turns: int = opt(3, "times that every file's speed is taken", ge=1, le=100)
+    limit: int = opt(0, "score this many examples at most; 0 scores all", unit="examples", ge=0)
+    task_prompt: str = opt("", TASK_PROMPT)
+    seed: int = opt(0, SEED, ge=0)
+    resume: bool = opt(False, RESUME)
 
 
 @dataclass(frozen=True)

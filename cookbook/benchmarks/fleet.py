@@ -28,7 +28,8 @@ from typing import Any
 
 import edgellm_sdk as edgellm
 from edgellm_sdk import charts, store
-from edgellm_sdk.page import document, table
+from edgellm_sdk.page import document
+from edgellm_sdk.page_tables import table
 from edgellm_sdk.report import environment, peak_rss
 
 CLIENTS, ROUNDS, TURNS = 64, 10, 2

@@ -10,7 +10,8 @@ from typing import Any
 from benchmarks.seeds_statement import NAMES, Groups, Study, spread
 
 from edgellm_sdk import charts
-from edgellm_sdk.page import document, table
+from edgellm_sdk.page import document
+from edgellm_sdk.page_tables import table
 
 COLOURS = {"fedkseed": "c0", "fedkseed-pro": "c1", "fedzo": "c2", "fedavg": "c3", "none": "c5"}
 

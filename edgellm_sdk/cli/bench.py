@@ -1,4 +1,4 @@
-"""`bench compare`."""
+"""`bench compare` and `bench device`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from edgellm_sdk.cli.verb import Answer, Request, Verb
-from edgellm_sdk.settings import Compare
+from edgellm_sdk.settings import BenchDevice, Compare
 
 
 def compare(request: Request) -> Answer:
@@ -19,6 +19,14 @@ def compare(request: Request) -> Answer:
     return Answer(done.report.to_json(), show.outcome(done))
 
 
+def device(request: Request) -> Answer:
+    from edgellm_sdk.cli import show
+    from edgellm_sdk.steps.devices import bench
+
+    done = bench(request.words, **asdict(request.settings), options=request.options, quiet=request.quiet)
+    return Answer(done.report.to_json(), show.outcome(done))
+
+
 VERBS = (
     Verb(
         "bench compare",
@@ -28,5 +36,17 @@ VERBS = (
         words="[ARMS.toml]",
         most=1,
         required=("model", "data", "output"),
+    ),
+    Verb(
+        "bench device",
+        "Measure exported files where they run: bytes, speed, memory, perplexity, divergence, score.",
+        device,
+        BenchDevice,
+        words="FILE...",
+        least=1,
+        most=-1,
+        required=("output",),
+        plugin="device",
+        stage="deploy",
     ),
 )

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from edgellm_sdk.cli.train import installed
 from edgellm_sdk.cli.verb import Answer, Request, Verb
-from edgellm_sdk.errors import ConfigError, ModelError, UsageError, printable
-from edgellm_sdk.settings import Compress, Demo, Deploy, Evaluate, Export, Run
+from edgellm_sdk.errors import ConfigError, GateError, ModelError, UsageError, printable
+from edgellm_sdk.settings import Compress, Demo, Deploy, Evaluate, Export, Run, Verify
 
 if TYPE_CHECKING:
     from edgellm_sdk.steps import Outcome
@@ -38,6 +38,15 @@ def evaluate(request: Request) -> Answer:
 
     settings = asdict(request.settings)
     return _one(steps.evaluate(request.words[0], **settings, options=request.options, quiet=request.quiet))
+
+
+def verify(request: Request) -> Answer:
+    from edgellm_sdk.cli import show
+    from edgellm_sdk.steps.verification import verify as run
+
+    done = run(request.words[0], **asdict(request.settings), quiet=request.quiet)
+    text = "\n\n".join((show.gate(done.report), show.outcome(done)))
+    return Answer(done.report.to_json(), text, 0 if done.report.verified["passed"] else GateError.exit_code)
 
 
 def run(request: Request) -> Answer:
@@ -204,6 +213,16 @@ VERBS = (
         required=("data",),
         plugin="device",
         stage="deploy",
+    ),
+    Verb(
+        "verify",
+        "Does a GGUF file that somebody made behave like the model it is said to be?",
+        verify,
+        Verify,
+        words="FILE.gguf",
+        least=1,
+        most=1,
+        required=("against",),
     ),
     Verb(
         "run",

@@ -27,7 +27,7 @@ STDOUT_FAILS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
 SUMMARY = "Personalise a language model on private data, shrink it, export it, prove the export, run it."
 GROUPS = {
     "audit": "What left this machine: wire.",
-    "bench": "Measurements: compare.",
+    "bench": "Measurements: compare, device.",
     "federation": "Clients over a network: keys, serve, join.",
     "plugins": "The methods: list, info, new, doctor.",
     "models": "What a model is: info.",

@@ -69,6 +69,18 @@ def outcome(done: Outcome) -> str:
     return "\n\n".join(parts)
 
 
+def gate(report: Report) -> str:
+    """The verdict on a file, and every check."""
+    found = report.verified
+    verdict = "The file behaves like its model." if found["passed"] else "The file does not behave like its model."
+    columns = ["", "check", "value", "bound", "what was seen"]
+    rows = [
+        ["ok" if c["passed"] else "NO", c["name"], cell(c["value"]), cell(c["bound"]), cell(c["detail"])]
+        for c in found["checks"]
+    ]
+    return f"{verdict}\n\n{table(columns, rows)}"
+
+
 def _head(report: Report) -> str:
     plugin = f" with {report.plugin} {report.plugin_version}".rstrip() if report.plugin else ""
     took = f": {report.wall_seconds:.1f} s, {report.cpu_seconds:.1f} s of CPU, peak {size(report.peak_rss_bytes)}"

@@ -7,8 +7,13 @@ and publishes its result with a manifest written last. A finished step is never 
 from edgellm_sdk.steps.comparison import compare
 from edgellm_sdk.steps.delivery import deploy, evaluate, export
 from edgellm_sdk.steps.demo import demo
+from edgellm_sdk.steps.devices import bench
 from edgellm_sdk.steps.recipe import run
 from edgellm_sdk.steps.step import Outcome
 from edgellm_sdk.steps.training import aggregate, compress, finetune
+from edgellm_sdk.steps.verification import verify
 
-__all__ = ["Outcome", "aggregate", "compare", "compress", "demo", "deploy", "evaluate", "export", "finetune", "run"]
+__all__ = [
+    "Outcome", "aggregate", "bench", "compare", "compress", "demo", "deploy", "evaluate", "export", "finetune", "run",
+    "verify",
+]  # fmt: skip
