@@ -7,7 +7,6 @@ import hashlib
 import importlib.util
 import json
 import os
-import socket
 import subprocess
 import sys
 import threading
@@ -21,12 +20,14 @@ import pytest
 import edgellm_sdk as edgellm
 from edgellm_sdk.errors import ConfigError, EdgeLLMError, FederationError
 from edgellm_sdk.random import Stream
-from edgellm_sdk.steps import Outcome, federation
+from edgellm_sdk.steps import federation
 from edgellm_sdk.steps.audit import wire_of
 from edgellm_sdk.steps.federation import join, keys, serve
 
 if importlib.util.find_spec("flwr") is None:
     pytest.skip("Flower is not installed", allow_module_level=True)
+
+from loopback import Aside, free_port  # noqa: E402
 
 OPTIONS = {"rank": 4, "batch_size": 4, "steps": 2}
 ROUNDS = 3
@@ -90,34 +91,6 @@ def expected(tiny_llama: Path, data: Path, tmp_path_factory: pytest.TempPathFact
         options=OPTIONS,
     )  # fmt: skip
     return digest(output)
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port: int = one.getsockname()[1]
-        return port
-
-
-class Aside(threading.Thread):
-    """A verb in a thread; `outcome` is what it gave or raised."""
-
-    def __init__(self, call: Callable[..., Outcome], *args: Any, **kwargs: Any) -> None:
-        super().__init__(daemon=True)
-        self.call = lambda: call(*args, **kwargs)
-        self.outcome: Any = None
-        self.start()
-
-    def run(self) -> None:
-        try:
-            self.outcome = self.call()
-        except BaseException as error:
-            self.outcome = error
-
-    def result(self, seconds: float = 90) -> Outcome:
-        self.join(seconds)
-        assert isinstance(self.outcome, Outcome), self.outcome
-        return self.outcome
 
 
 def joining(port: int, number: int, tmp_path: Path, data: Path, model: Path, **more: Any) -> Aside:
