@@ -18,7 +18,7 @@ from edgellm_sdk.federate.client import work
 from edgellm_sdk.federate.engine import Crowd
 from edgellm_sdk.federate.personal import INDEX, USERS, Record, alone
 from edgellm_sdk.federate.sent import Sent
-from edgellm_sdk.federate.told import gains_to_bytes
+from edgellm_sdk.federate.told import cost_to_bytes, gains_to_bytes
 from edgellm_sdk.relay import Relay
 from edgellm_sdk.report import Meter, environment
 from edgellm_sdk.steps import federated, fleet, recipe
@@ -269,6 +269,9 @@ def _take_part(guest: Any, job: federated.Job, handle: ModelHandle, data: Datase
             def turn(message: bytes) -> Any:
                 return work(relay, handle, data, guest.name, message, ctx)
 
+            def cost() -> bytes:
+                return b"" if hidden else cost_to_bytes(ctx.spent.get(guest.name))
+
             def last(final: State) -> bytes:
                 if own is None:
                     return b""
@@ -276,7 +279,7 @@ def _take_part(guest: Any, job: federated.Job, handle: ModelHandle, data: Datase
                 return b"" if hidden else gains_to_bytes(records[0])
 
             with ctx.progress("federated rounds", job.rounds) as progress:
-                final = guest.work(enrolment, turn, sent, progress, last)
+                final = guest.work(enrolment, turn, sent, progress, last, cost)
             tuned = relay.personalise(handle, final, step.folder / "model", ctx)
         report.finish(meter, ctx)
         report.metrics |= {

@@ -116,10 +116,10 @@ def test_over_loopback_with_tls_the_bytes_are_those_of_the_process(
     for number, report in enumerate(reports):
         found = wire_of(tmp_path / f"client-{number}")
         kinds = [message["kind"] for message in found["messages"]]
-        assert kinds == ["enrolled", *["update"] * ROUNDS] and found["bytes"] == report.metrics["sent"].value
+        assert kinds == ["enrolled", *["cost", "update"] * ROUNDS] and found["bytes"] == report.metrics["sent"].value
         said = found["messages"][0]["says"]
         assert set(said) == {"client", "examples", "digest", "machine"} and said["client"] == f"client-00{number}"
-        updates = found["messages"][1:]
+        updates = [message for message in found["messages"] if message["kind"] == "update"]
         ledger = done.report.bytes[f"client-00{number}"]
         assert sum(message["bytes"] for message in updates) == ledger["up"] and ledger["rounds"] == ROUNDS
         assert ledger["down"] > ledger["up"]  # the final state as well
@@ -226,6 +226,8 @@ def test_the_simulation_engine_gives_the_same_bytes(
     found = wire_of(tmp_path / "run")
     assert found["bytes"] == sum(entry["up"] for entry in done.report.bytes.values()) > 0
     assert found["source"] == "the messages themselves"
+    rows = [json.loads(line) for line in (tmp_path / "run" / "ledger.jsonl").read_text().splitlines()]
+    assert all(row["peak"] > 50_000_000 and row["took"] > 0 for row in rows)  # told by the workers
 
 
 def test_a_shard_is_a_part_and_an_address_is_one(data: Path, tmp_path: Path) -> None:

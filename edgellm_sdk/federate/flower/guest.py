@@ -16,7 +16,7 @@ from edgellm_sdk.context import Progress
 from edgellm_sdk.errors import EdgeLLMError, FederationError, ModelError, printable
 from edgellm_sdk.federate.flower.enrol import ENROLLED, FAILURE, FINISHED, GAINS, HEARD, OFFER, STOPPED, UPDATE, WORK
 from edgellm_sdk.federate.flower.link import Link, Lost
-from edgellm_sdk.federate.flower.parts import from_records, to_records
+from edgellm_sdk.federate.flower.parts import COST, from_records, to_records
 from edgellm_sdk.federate.rounds import Failure
 from edgellm_sdk.federate.sent import Sent, round_of
 from edgellm_sdk.types import State
@@ -30,6 +30,8 @@ Done = TypeVar("Done")
 Turn = Callable[[bytes], "bytes | Failure"]
 Last = Callable[[State], bytes]
 """What a client does with the last state by itself, and tells."""
+Spent = Callable[[], bytes]
+"""What the last turn cost, as it is told."""
 
 
 def read_offer(body: bytes) -> dict[str, Any]:
@@ -76,12 +78,12 @@ class Guest:
                 raise FederationError(f"the server stopped: {printable(body[:300].decode(errors='replace'))}")
             return kind, body
 
-    def reply(self, kind: str, body: bytes) -> None:
+    def reply(self, kind: str, body: bytes, cost: bytes = b"") -> None:
         """Answer the message at hand. If the server has been started again meanwhile, it will ask again."""
         if self._asked is None:
             raise ValueError("there is nothing to answer")
         try:
-            self.link.answer(Message(to_records(kind, body), reply_to=self._asked))
+            self.link.answer(Message(to_records(kind, body, cost), reply_to=self._asked))
         except Lost:
             self.link.activate()
 
@@ -95,13 +97,22 @@ class Guest:
         self.limit = offer["limit"]
         return offer
 
-    def work(self, enrolment: bytes, turn: Turn, sent: Sent, progress: Progress, last: Last | None = None) -> State:
+    def work(
+        self,
+        enrolment: bytes,
+        turn: Turn,
+        sent: Sent,
+        progress: Progress,
+        last: Last | None = None,
+        cost: Spent | None = None,
+    ) -> State:
         """Enrol, then do every turn that is asked, and `last` at the end; returns the state there.
 
-        A turn that was done is not done again when a restarted server asks for it once more.
+        A turn that was done is not done again when a restarted server asks for it once more. Beside each answer goes
+        its `cost`.
         """
         kind, body = OFFER, self._offer
-        digest, said, told = "", UPDATE, b""
+        digest, said, told, took = "", UPDATE, b"", b""
         seen = 0
         while True:
             if kind == OFFER:
@@ -109,10 +120,13 @@ class Guest:
             elif kind == WORK:
                 if hashlib.sha256(body).hexdigest() != digest:
                     said, told = self._turn(turn, body)
+                    took = cost() if cost else b""
                     digest = hashlib.sha256(body).hexdigest()
                 number = round_of(body)
+                if took:
+                    sent.add(COST, self.name, number, took)
                 sent.add(said, self.name, number, told)
-                self.reply(said, told)
+                self.reply(said, told, took)
                 progress.advance(max(0, number - seen), f"round {number}")
                 seen = max(seen, number)
             elif kind == FINISHED:

@@ -21,6 +21,7 @@ from edgellm_sdk.federate.flower.link import split_address
 from edgellm_sdk.federate.ledger import FINAL, Line
 from edgellm_sdk.federate.rounds import Engine, Failure
 from edgellm_sdk.federate.sent import round_of
+from edgellm_sdk.federate.told import cost_from_bytes
 from edgellm_sdk.types import Profile, State
 
 if TYPE_CHECKING:
@@ -143,8 +144,8 @@ def personalised(
 
 def over(roster: Roster, terms: Terms, kind: str = WORK, wanted: str = UPDATE) -> Engine:
     """An engine over the members of `roster`. Who is silent at the deadline, or away too long, is left out. `kind` is
-    that of the messages, `wanted` that of the replies."""
-    hub = roster.hub
+    that of the messages, `wanted` that of the replies. What turns cost goes to `ctx.spent`, as far as clients tell."""
+    hub, spent = roster.hub, roster.ctx.spent
     away: set[str] = set()  # nobody waits again for who did not come back
 
     def exchange(messages: Mapping[str, bytes]) -> Iterator[tuple[str, bytes | Failure]]:
@@ -152,6 +153,8 @@ def over(roster: Roster, terms: Terms, kind: str = WORK, wanted: str = UPDATE) -
         waiting: dict[str, tuple[int, str]] = {}
         there = {client: -math.inf if client in away else began for client in messages}
         left = set(messages)
+        for client in left:
+            spent.pop(client, None)
         try:
             while left:
                 roster.poll()
@@ -178,6 +181,8 @@ def over(roster: Roster, terms: Terms, kind: str = WORK, wanted: str = UPDATE) -
                     reply = found.get(waiting[client][1]) if client in waiting else None
                     if reply is not None:
                         left.discard(client)
+                        if (cost := cost_from_bytes(reply.cost)) is not None:
+                            spent[client] = cost
                         reason = reply.body[:300].decode(errors="replace")
                         yield client, reply.body if reply.kind == wanted else Failure(reason)
                 if left and time.monotonic() - began > terms.deadline:
