@@ -66,13 +66,15 @@ class Elsewhere:
         self._ctx = ctx
         self._records: dict[str, Record] = {}
 
-    def told(self, users: Iterable[str]) -> set[str]:
-        """Those of `users` who are known to have told before a stop; read from the disk."""
+    def told(self, users: Iterable[str]) -> dict[str, int]:
+        """Those of `users` who told before a stop, with the bytes of what they told; read from the disk."""
+        found = {}
         for user in users:
             path = record_path(self._ctx.folder, user)
             if path.is_file():
-                self._records[user] = store.read_json(path)
-        return set(self._records)
+                kept = store.read_json(path)
+                self._records[user], found[user] = kept["record"], kept["bytes"]
+        return found
 
     def add(self, user: str, raw: bytes) -> None:
         """What `user` told; a note for what is no gain."""
@@ -81,7 +83,7 @@ class Elsewhere:
         except ModelError as error:
             self._ctx.note(f"{user} {error.what}")
             return
-        store.write_json(record_path(self._ctx.folder, user), record)
+        store.write_json(record_path(self._ctx.folder, user), {"record": record, "bytes": len(raw)})
         self._records[user] = record
 
     def personalised(self, relay: Relay, model: ModelHandle, final: State) -> list[Record]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -192,6 +193,32 @@ def test_a_server_stopped_while_users_train_hears_them_all_when_it_is_back(
     own = {user: store.read_json(guest.result().folder / "users.json")["users"][0] for user, guest in guests.items()}
     index = {record["user"]: record for record in store.read_json(tmp_path / "server" / "users.json")["users"]}
     assert index == {user: {"user": user, **told_of(own[user])} for user in WORDS}
+
+
+def test_a_server_stopped_at_the_very_end_needs_nobody_when_it_is_back(
+    data: Path, made: Path, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Everybody has told and gone; what they told and the bytes of it are on the disk."""
+    path, port = recipe(tmp_path, tiny_llama), free_port()
+    given: dict[str, Any] = {"address": f"127.0.0.1:{port}", "keys": made / "server", "wait": 60.0}
+    with monkeypatch.context() as patch:
+
+        def stopped(*given: Any) -> None:
+            raise Interrupted(2)
+
+        patch.setattr(Elsewhere, "personalised", stopped)
+        server = Aside(serve, path, tmp_path / "server", **given)
+        guests = {user: joined(port, user, tmp_path, data, made, tiny_llama) for user in WORDS}
+        server.join(60)
+        assert isinstance(server.outcome, Interrupted)
+    folders = [guest.result().folder for guest in guests.values()]
+    ledger = tmp_path / "server" / "ledger.jsonl"
+    before = sorted(json.loads(line)["up"] for line in ledger.read_text().splitlines() if '"final"' in line)
+    began = time.monotonic()
+    done = serve(path, tmp_path / "server", resume=True, **given)
+    assert time.monotonic() - began < 20 and done.report.metrics["users on the base"].n == len(folders) == 3
+    after = sorted(json.loads(line)["up"] for line in ledger.read_text().splitlines() if '"final"' in line)
+    assert before == after and min(after) > 0
 
 
 def test_who_fails_or_goes_is_noted_and_the_others_are_told_of(

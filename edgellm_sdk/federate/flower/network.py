@@ -83,8 +83,8 @@ def gathered(terms: Terms, ctx: Context, digest: str, elsewhere: Elsewhere | Non
             ctx.note("insecure: no TLS and no authentication, on loopback")
         ctx.note(f"listening on {terms.address}")
         roster = Roster(hub, {**terms.offer, "digest": digest, "limit": terms.limit}, examples, ctx)
-        over_for = elsewhere.told(examples) if elsewhere else set()
-        wanted = len(examples.keys() - over_for) if examples else terms.clients
+        before = elsewhere.told(examples) if elsewhere else {}
+        wanted = len(examples.keys() - before) if examples else terms.clients
         with ctx.progress("clients", wanted) as progress:
             seen = [0]
 
@@ -108,7 +108,7 @@ def gathered(terms: Terms, ctx: Context, digest: str, elsewhere: Elsewhere | Non
             if elsewhere is None:
                 told = dict.fromkeys(roster.tell(FINISHED, body, FAREWELL), 0)
             else:
-                told = personalised(roster, terms, sorted(sizes.keys() - over_for), body, elsewhere)
+                told = before | personalised(roster, terms, sorted(sizes.keys() - before), body, elsewhere)
             return [Line(client, len(body), 0, up, 0, kind=FINAL) for client, up in told.items()]
 
         try:
