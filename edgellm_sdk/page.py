@@ -38,7 +38,6 @@ _NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e-?\d+)?")
 def render(reports: Sequence[Report]) -> str:
     """The reports in order, each with its figures; of several, the last one's tables come first."""
     reports = [type(report).from_json(report.to_json()) for report in reports]  # as in the file, paths portable
-    style = (resources.files("edgellm_sdk") / "assets" / "page.css").read_text(encoding="utf-8")
     verbs = " → ".join(report.verb for report in reports)
     started = reports[0].started.replace("T", " ").replace("Z", " UTC") if reports else ""
     wall = sum(report.wall_seconds for report in reports if report.verb != "demo")  # a sum already
@@ -47,13 +46,19 @@ def render(reports: Sequence[Report]) -> str:
     leading = next((r for r in reversed(reports) if r.tables), None) if several else None
     body = [head, _overview(reports, leading) if several else ""]
     body += [_section(r, number if several else 0, r is not leading) for number, r in enumerate(reports, 1)]
+    foot = "Drawn from report.json, which holds every figure on this page."
+    return document(f"edgellm: {verbs}", "".join(body), foot)
+
+
+def document(title: str, body: str, foot: str) -> str:
+    """A page with our style. `body` and `foot` are HTML, the title is not."""
+    style = (resources.files("edgellm_sdk") / "assets" / "page.css").read_text(encoding="utf-8")
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark">'
-        f"<title>edgellm: {escape(verbs)}</title><style>{style}</style></head>"
-        f"<body><main>{''.join(body)}<footer>Drawn from report.json, which holds every figure on this page."
-        "</footer></main></body></html>\n"
+        f"<title>{escape(title)}</title><style>{style}</style></head>"
+        f"<body><main>{body}<footer>{foot}</footer></main></body></html>\n"
     )
 
 

@@ -9,6 +9,8 @@ overhead  64 clients, 10 rounds, all clients in every round, LoRA on the last la
 scale     a random Llama of two small layers; 100 clients a round of 100, 1 000 and 10 000 registered, then 10, 100 and
           1 000 of 10 000: seconds a round (median, the first left out), those of them in which clients work, and peak
           memory of the process. Nothing is kept from a client's one turn to its next.
+
+Beside the result lies a page with its figures; `--part page` only draws that.
 """
 
 from __future__ import annotations
@@ -20,11 +22,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from html import escape
 from pathlib import Path
 from typing import Any
 
 import edgellm_sdk as edgellm
-from edgellm_sdk import store
+from edgellm_sdk import charts, store
+from edgellm_sdk.page import document, table
 from edgellm_sdk.report import environment, peak_rss
 
 CLIENTS, ROUNDS, TURNS = 64, 10, 2
@@ -80,6 +84,37 @@ def scale(per_round: int, registered: int, folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def page(result: dict[str, Any]) -> str:
+    """Time and memory of a round against those sampled, and against those registered."""
+    rows = result["scale"]
+    most, usual = max(row["registered"] for row in rows), SCALES[0][0]
+    sampled = [row for row in rows if row["registered"] == most]
+    registered = [row for row in rows if row["per_round"] == usual]
+    names = {"a round": "seconds_a_round", "of them clients at work": "of_them_clients_at_work"}
+
+    def seconds(chosen: list[dict[str, Any]], across: str) -> dict[str, list[tuple[float, float]]]:
+        return {name: [(row[across], row[key]) for row in chosen] for name, key in names.items()}
+
+    memory = {"peak memory": [(row["registered"], row["peak_rss_mb"]) for row in registered]}
+    figures = [
+        charts.lines(f"Seconds, {most} registered", "clients in a round", seconds(sampled, "per_round"), counts=True),
+        charts.lines(
+            f"Seconds, {usual} in a round", "clients registered", seconds(registered, "registered"), counts=True
+        ),
+        charts.lines(f"MB of the process, {usual} in a round", "clients registered", memory, counts=True),
+    ]
+    columns = ("clients in a round", "registered", "seconds a round", "of them clients at work", "peak MB")
+    keys = ("per_round", "registered", "seconds_a_round", "of_them_clients_at_work", "peak_rss_mb")
+    ratio = result["overhead"]["engine_over_bare"]
+    body = (
+        f"<header><h1>What a federation itself costs</h1><p>{CLIENTS} clients, {ROUNDS} rounds: the engine takes "
+        f"{ratio:.3f} times the bare training calls.</p></header>"
+        f'<section><div class="charts">{"".join(figures)}</div></section>'
+        f"<section><h2>Runs</h2>{table(columns, [[row[key] for key in keys] for row in rows])}</section>"
+    )
+    return document("edgellm: what a federation costs", body, f"Drawn from the result of {escape(result['command'])}.")
+
+
 def apart(*words: str) -> Any:
     """The answer of a process of its own."""
     done = subprocess.run([sys.executable, __file__, *words], capture_output=True, text=True, check=True)
@@ -88,7 +123,7 @@ def apart(*words: str) -> Any:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--part", choices=("overhead", "scale"), action="append")
+    parser.add_argument("--part", choices=("overhead", "scale", "page"), action="append")
     parser.add_argument("--case", nargs="+", help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "fleet.json")
     asked = parser.parse_args()
@@ -99,8 +134,13 @@ def main() -> None:
             print(json.dumps(found))
         return
     result = store.read_json(asked.output) if asked.output.is_file() else {}
-    result |= {"command": "python cookbook/benchmarks/fleet.py", "environment": environment()}
-    for part in asked.part or ("overhead", "scale"):
+    parts = asked.part or ["overhead", "scale", "page"]
+    if parts != ["page"]:
+        result |= {"command": "python cookbook/benchmarks/fleet.py", "environment": environment()}
+    for part in parts:
+        if part == "page":
+            asked.output.with_suffix(".html").write_text(page(result), encoding="utf-8")
+            continue
         if part == "overhead":
             turns = [apart("--case", "overhead") for _ in range(TURNS)]
             result["overhead"] = {

@@ -36,12 +36,12 @@ ADAMW, SGD = {"optimizer": "adamw"}, {"optimizer": "sgd", "clip": 0.0}
 PROMPTS = {"trec": TREC_PROMPT, "sms-spam": SMS_PROMPT}
 ARMS: dict[str, tuple[dict[str, Any], dict[str, Any], str, tuple[float, ...]]] = {
     # local work, arguments, the free number, what is tried
-    "fedavg": (ADAMW, {}, "learning_rate", (5e-4, 2e-3, 8e-3)),
+    "fedavg": (ADAMW, {}, "learning_rate", (5e-4, 2e-3, 8e-3, 3.2e-2)),
     "fedavgm": (ADAMW, {"aggregate": "fedavgm"}, "fedavgm.server_rate", (0.3, 1.0)),
     "fedadam": (ADAMW, {"aggregate": "fedadam"}, "fedadam.server_rate", (0.001, 0.003, 0.01)),
     "fedyogi": (ADAMW, {"aggregate": "fedyogi"}, "fedyogi.server_rate", (0.001, 0.003, 0.01)),
     "fedprox": (ADAMW, {"around": "fedprox"}, "fedprox.mu", (0.01, 0.1, 1.0)),
-    "fedavg, sgd": (SGD, {}, "learning_rate", (0.05, 0.2, 0.8)),
+    "fedavg, sgd": (SGD, {}, "learning_rate", (0.05, 0.2, 0.8, 3.2)),
     "scaffold": (SGD, {"around": "scaffold"}, "", ()),
 }
 BASIS = {"fedavgm": "fedavg", "fedadam": "fedavg", "fedyogi": "fedavg", "fedprox": "fedavg", "scaffold": "fedavg, sgd"}

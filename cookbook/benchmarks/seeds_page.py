@@ -5,13 +5,12 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from html import escape
-from importlib import resources
 from typing import Any
 
 from benchmarks.seeds_statement import NAMES, Groups, Study, spread
 
 from edgellm_sdk import charts
-from edgellm_sdk.page import table
+from edgellm_sdk.page import document, table
 
 COLOURS = {"fedkseed": "c0", "fedkseed-pro": "c1", "fedzo": "c2", "fedavg": "c3", "none": "c5"}
 
@@ -73,7 +72,6 @@ def _frame(across: charts.Axis, up: charts.Axis, ks: Sequence[int]) -> str:
 
 
 def page(study: Study, said: Sequence[str]) -> str:
-    style = (resources.files("edgellm_sdk") / "assets" / "page.css").read_text(encoding="utf-8")
     rebuilt = {k: [v] for k, v in study.rebuild("fedkseed").items()}
     free = study.rebuild("fedzo").get(0)
     down = {m: study.values(m, "bytes_down") for m in ("fedkseed", "fedkseed-pro")}
@@ -93,11 +91,7 @@ def page(study: Study, said: Sequence[str]) -> str:
         "In kind the case study of arXiv 2408.10691; not its models, data or figures."
     )
     told = "".join(f"<li>{escape(line)}</li>" for line in "\n".join(said).replace("\n  ", " ").split("\n"))
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<meta name="color-scheme" content="light dark">'
-        f"<title>edgellm: how many seeds</title><style>{style}</style></head><body><main>"
+    body = (
         f"<header><h1>How many candidate seeds does FedKSeed need?</h1><p>{escape(about)}</p></header>"
         f'<section><div class="charts">{"".join(figures)}</div>'
         '<p class="about">Means with one standard deviation over runs. Dashed: methods without K. FedZO is MeZO with a '
@@ -105,9 +99,9 @@ def page(study: Study, said: Sequence[str]) -> str:
         "</section>"
         f'<section><h2>What can be said</h2><ul class="notes">{told}</ul></section>'
         f"<section><h2>All cells</h2>{table(columns, _cells(study))}</section>"
-        f"<footer>Drawn from the result file of <code>{escape(study.content['command'])}</code>.</footer>"
-        "</main></body></html>\n"
     )
+    foot = f"Drawn from the result file of <code>{escape(study.content['command'])}</code>."
+    return document("edgellm: how many seeds", body, foot)
 
 
 def _cells(study: Study) -> list[list[Any]]:

@@ -24,7 +24,7 @@
 #define FMA(a, b, c) ((a) * (b) + (c))
 #endif
 
-enum { BLOCK = 1 << 18, PIECE = 1 << 11 };
+enum { BLOCK = 1 << 18, PIECE = 1 << 9 };
 
 static inline uint32_t bits_of(float x) {
     uint32_t bits;
@@ -62,6 +62,10 @@ static inline uint16_t randomly(uint32_t bits, uint16_t random) { return (uint16
     const int64_t i = p * PIECE > start ? p * PIECE : start, at = i - start, left = count - at;                     \
     const int64_t n = PIECE - i % PIECE < left ? PIECE - i % PIECE : left;
 
+/* Asks memory for the weights of the piece after the next: a processor by itself looks no further than its page. */
+#define FETCH_AHEAD(w)                                                                                              \
+    for (int64_t j = 0; j < n; j += 64 / (int64_t)sizeof *(w)) __builtin_prefetch((w) + 2 * PIECE + j);
+
 /* out = w + factor * z where |w| <= limit; out may be w. The bank is in the weights' type. */
 #define SHIFT(name, type, READ, WRITE)                                                                              \
     void name(int threads, const type *w, type *out, int64_t count, int64_t start, const type *bank,                \
@@ -72,6 +76,7 @@ static inline uint16_t randomly(uint32_t bits, uint16_t random) { return (uint16
             const float factor = factors[i / BLOCK];                                                                \
             const type *from = w + at;                                                                              \
             type *to = out + at;                                                                                    \
+            FETCH_AHEAD(from)                                                                                       \
             _Pragma("omp simd") for (int64_t j = 0; j < n; j++) {                                                   \
                 const float x = READ(from[j]);                                                                      \
                 to[j] = WRITE(FMA(READ(z[j]) * KEPT(x), factor, x));                                                \
@@ -90,7 +95,9 @@ SHIFT(shift_bfloat16, uint16_t, wide, NEAREST)
               const int64_t *random) {                                                                              \
         FOR_EACH_PIECE {                                                                                            \
             THIS_PIECE                                                                                              \
+            type *to = w + at;                                                                                      \
             float total[PIECE];                                                                                     \
+            FETCH_AHEAD(to)                                                                                         \
             for (int64_t k = 0; k < directions; k++) {                                                              \
                 const float *z = bank + places[k * stride + i / BLOCK] + i % BLOCK;                                 \
                 const float factor = factors[k * stride + i / BLOCK];                                               \
@@ -98,7 +105,6 @@ SHIFT(shift_bfloat16, uint16_t, wide, NEAREST)
                     total[j] = k ? total[j] + z[j] * factor : z[j] * factor;                                        \
             }                                                                                                       \
             const uint16_t *u = uniform + random[i / BLOCK] + i % BLOCK;                                            \
-            type *to = w + at;                                                                                      \
             (void)u;                                                                                                \
             _Pragma("omp simd") for (int64_t j = 0; j < n; j++) {                                                   \
                 const float x = READ(to[j]);                                                                        \

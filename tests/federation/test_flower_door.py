@@ -30,6 +30,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID  # noqa: E402
 from flwr.client.grpc_rere_client import node_auth_client_interceptor as signing  # noqa: E402
 from flwr.proto.fleet_pb2 import PullMessagesRequest  # noqa: E402
 from flwr.proto.node_pb2 import Node  # noqa: E402
+from repeated import times  # noqa: E402
 
 from edgellm_sdk.federate.flower import front, keys, link  # noqa: E402
 from edgellm_sdk.federate.flower.hub import Hub  # noqa: E402
@@ -240,8 +241,10 @@ def test_a_client_hello_is_read_for_its_versions() -> None:
         assert not any(front.offers_tls13(hello[:cut]) for cut in range(40))
 
 
-@pytest.mark.row("B6")
-def test_silent_and_slow_connections_make_room(made: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("number", times("B6", 20))
+def test_silent_and_slow_connections_make_room(
+    made: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
     """1000 connections that say nothing, one that says a byte a second: a client still gets in."""
     monkeypatch.setattr(front, "HELLO_SECONDS", 1.0)
     idle = [socket.create_connection(("127.0.0.1", hub.port), 5) for _ in range(1000)]

@@ -242,7 +242,7 @@ def test_a_shard_is_a_part_and_an_address_is_one(data: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.bar("B5")
-@pytest.mark.parametrize("number", range(10))
+@pytest.mark.parametrize("number", range(100))
 def test_a_server_killed_at_any_moment_resumes_to_the_same_bytes(
     tiny_llama: Path, recipe: Path, data: Path, folder: Path, expected: str, tmp_path: Path, number: int,
 ) -> None:  # fmt: skip

@@ -25,6 +25,7 @@ if importlib.util.find_spec("flwr") is None:
 flower.prepare()
 
 from flwr.app import ConfigRecord, RecordDict  # noqa: E402
+from repeated import times  # noqa: E402
 
 from edgellm_sdk.federate.flower import enrol, keys, link, network, parts  # noqa: E402
 from edgellm_sdk.federate.flower.guest import Guest  # noqa: E402
@@ -130,20 +131,27 @@ def test_messages_arrive_and_the_socket_agrees_within_one_percent(hub: Hub, made
     assert {p.read_bytes() for p in (tmp_path / "client-000" / "wire").glob("*.bin")} >= {bodies["client-000"][::-1]}
 
 
-@pytest.mark.row("B6")
+@pytest.mark.parametrize("number", times("B6", 20))
 def test_a_client_that_vanishes_mid_upload_is_left_out_and_the_others_finish(
-    hub: Hub, made: Path, tmp_path: Path
+    hub: Hub, made: Path, tmp_path: Path, number: int
 ) -> None:
-    with clients(hub, made, tmp_path, [None, None]) as (people, started):
+    """Killed before the part `number` modulo those of its answer."""
+    answer = np.random.default_rng(number).bytes(3 * parts.PART)
+    with clients(hub, made, tmp_path, [None, lambda message: answer]) as (people, started):
         doomed = started[1].guest.link
+        push, sent = doomed._stub.PushObject, []
 
         def cut(request: Any, timeout: float) -> Any:
-            raise FederationError("killed")
+            if len(sent) == number % 4:
+                raise FederationError("killed")
+            sent.append(request)
+            return push(request, timeout=timeout)
 
         doomed._stub.PushObject = cut
         began = time.monotonic()
         found = dict(network.over(people, terms(grace=1.0))({"client-000": b"ab", "client-001": b"cd"}))
         assert found == {"client-000": b"ba", "client-001": Failure("went away")}
+        assert len(sent) == number % 4
         again = dict(network.over(people, terms(grace=1.0))({"client-001": b"cd"}))
         assert again == {"client-001": Failure("is not there", reached=False)}
         assert time.monotonic() - began < 5
@@ -177,16 +185,18 @@ def test_a_client_that_comes_again_gets_its_work_again(hub: Hub, made: Path, tmp
     second[0].join(5)
 
 
-@pytest.mark.row("B6")
-def test_a_message_over_the_limit_is_refused_and_costs_no_memory(hub: Hub, made: Path, tmp_path: Path) -> None:
-    big = bytes(64 << 20)
+@pytest.mark.parametrize("number", times("B6", 20))
+def test_a_message_over_the_limit_is_refused_and_costs_no_memory(
+    hub: Hub, made: Path, tmp_path: Path, number: int
+) -> None:
+    big = bytes(LIMIT + (1 << (number % 20 + 7)))
     with clients(hub, made, tmp_path, [lambda message: big, None]) as (people, _):
         found = dict(network.over(people, terms(grace=1.0))({"client-000": b"ab", "client-001": b"cd"}))
         assert found["client-001"] == b"dc" and isinstance(found["client-000"], Failure)
 
 
-@pytest.mark.row("B6")
-def test_a_declared_body_of_many_gigabytes_takes_no_memory(hub: Hub, made: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", times("B6", 20))
+def test_a_declared_body_of_many_gigabytes_takes_no_memory(hub: Hub, made: Path, tmp_path: Path, number: int) -> None:
     """HTTP/2 by hand: content-length 10 GiB, a gRPC frame of 4 GiB - 1, of which 1 MiB is sent."""
     place = made / "clients" / "client-002"
     context = ssl.create_default_context(cafile=str(place / "ca.pem"))
