@@ -52,7 +52,8 @@ class Plugin:
     names; `api` the hook API it was written for; `requires` import names of optional packages it needs to work.
     `linear(config)`, of a plugin that aggregates, says why the mean of the clients' updates does not serve its rule as
     the updates do, "" when it does; without it no such thing is taken for granted, and privacy refuses the rule. A
-    plugin that makes runs differ by design, as noise for privacy does, `repeats` not.
+    plugin that makes runs differ by design, as noise for privacy does, `repeats` not. With one that `hides` what
+    clients have, they send nothing but their updates: neither gains nor costs.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Plugin:
     requires: tuple[str, ...] = ()
     linear: Callable[[Any], str] | None = None
     repeats: bool = True
+    hides: bool = False
 
 
 @dataclass(frozen=True)

@@ -185,7 +185,9 @@ class Serve:
     keys: str = opt("", "the server's folder of those that `edgellm federation keys` made")
     insecure: bool = opt(False, "no TLS and no keys; on loopback only, and the report says so")
     wait: float = opt(300.0, "how long to wait for the recipe's clients", unit="s", ge=1, le=604_800)
-    deadline: float = opt(3600.0, "of one round; who is silent then is left out", unit="s", ge=1, le=604_800)
+    deadline: float = opt(
+        3600.0, "of a round, and of personalising; who is silent is left out", unit="s", ge=1, le=604_800
+    )
     grace: float = opt(15.0, "how long a client may be away before its round goes on without it", unit="s", ge=0)
     limit: int = opt(1024, "largest message", unit="MB", ge=1, le=65_536)
     keep_wire: bool = opt(False, "keep every update as it came, for edgellm audit wire")

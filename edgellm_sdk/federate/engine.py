@@ -15,7 +15,7 @@ from edgellm_sdk.relay import Relay
 from edgellm_sdk.types import Dataset, ModelHandle, Profile, State
 
 if TYPE_CHECKING:
-    from edgellm_sdk.steps.fleet import Fleet
+    from edgellm_sdk.steps.fleet import Elsewhere, Fleet
 
 
 def _nothing(state: State) -> list[Line]:
@@ -27,7 +27,7 @@ class Crowd:
     """Who takes part, as {client: its number of examples}, the engine that reaches them, and what they have.
 
     `finished` passes the final state on and says to whom, for the ledger; `tables` are for the report; `fleet`
-    gives every client an adapter of its own after the rounds.
+    gives every client an adapter of its own after the rounds, or knows what they told of theirs.
     """
 
     clients: Mapping[str, int]
@@ -35,7 +35,7 @@ class Crowd:
     profiles: Mapping[str, Profile] = field(default_factory=dict)
     finished: Callable[[State], list[Line]] = _nothing
     tables: Callable[[], list[dict[str, Any]]] = list
-    fleet: Fleet | None = None
+    fleet: Fleet | Elsewhere | None = None
 
 
 Gather: TypeAlias = Callable[[Relay, ModelHandle, Context], AbstractContextManager[Crowd]]

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from edgellm_sdk import config, registry, store
+from edgellm_sdk import config, registry, store, wire
 from edgellm_sdk.context import Context
 from edgellm_sdk.errors import ConfigError, EdgeLLMError, ModelError, StorageError
 from edgellm_sdk.federate.client import NOT_THE_CLIENTS_FAULT
@@ -155,7 +155,8 @@ class Personaliser:
 
     def __init__(self, relay: Relay, model: ModelHandle, state: State, steps: int, ctx: Context) -> None:
         self.relay, rounds = alone(relay, steps)
-        self.model, self.start = model, replace(state, round=0, cohort=0)
+        self.model, self.start = model, replace(state, arrays=state.sent, round=0, cohort=0)
+        self.digest = hashlib.sha256(wire.state_to_bytes(self.start)).hexdigest()
         self.ctx = replace(
             ctx, rounds=rounds, configs=self.relay.configs, curves={}, notes=[], assigned={}, drift=None, foretold={},
             spent={}, profiles={_turn_of(user): profile for user, profile in ctx.profiles.items()},
@@ -215,15 +216,15 @@ class Personaliser:
 def everyone(found: Personaliser, shards: Mapping[str, tuple[Dataset, Parts]], folder: Path) -> Iterator[Record]:
     """Personalise all users in name order: adapters in `folder / "users"`, one record each.
 
-    `shards` are each user's examples, all of them, and which of those are kept aside. A user that is done is not done
-    again after a stop: its record is on disk, written after its adapter.
+    `shards` are each user's examples, all of them, and which of those are kept aside. A user that is done, from the
+    same state, is not done again after a stop: its record is on disk, written after its adapter.
     """
     for user in sorted(shards):
-        record = _done(folder, user)
+        record = _done(folder, user, found.digest)
         if record is None:
             data, parts = shards[user]
             record = one(found, user, data, parts, folder)
-            store.write_json(_record_path(folder, user), record)
+            store.write_json(record_path(folder, user), record)
         yield record
 
 
@@ -234,6 +235,7 @@ def one(found: Personaliser, user: str, data: Dataset, parts: Parts, folder: Pat
     """
     examples = {name: len(getattr(parts, name)) for name in ("training", "deciding", "reporting")}
     record: Record = {"user": user, "chosen": BASE, "adapter": "", "examples": examples, "digests": {}}
+    record["start"] = found.digest
     if not parts.deciding:
         return record | {"deciding": {}, "reporting": {}, "tokens": 0, "why": "too few examples to keep some aside"}
     told = found.personal(user, *(data.select(rows) for rows in (parts.training, parts.deciding, parts.reporting)))
@@ -256,18 +258,19 @@ def _finite(losses: Mapping[str, float]) -> dict[str, float | None]:
     return {name: loss if math.isfinite(loss) else None for name, loss in losses.items()}
 
 
-def _record_path(folder: Path, user: str) -> Path:
+def record_path(folder: Path, user: str) -> Path:
+    """Where the record of a user lies once it is done."""
     return folder / "checkpoint" / USERS / f"{safe_name(user)}.json"
 
 
-def _done(folder: Path, user: str) -> Record | None:
-    """The record of a user that is done: whole, of this user, and its adapter as it was written."""
-    path = _record_path(folder, user)
+def _done(folder: Path, user: str, start: str) -> Record | None:
+    """The record of a user that is done: whole, of this user, from this state, and its adapter as it was written."""
+    path = record_path(folder, user)
     if not path.is_file():
         return None
     try:
         record: Record = store.read_json(path)
-        whole = record["user"] == user and intact(folder, record)
+        whole = record["user"] == user and record["start"] == start and intact(folder, record)
     except (ModelError, KeyError, TypeError):
         return None
     return record if whole else None
@@ -283,11 +286,18 @@ def intact(folder: Path, record: Mapping[str, Any]) -> bool:
         return False
 
 
+def gain(record: Mapping[str, Any], over: str) -> float | None:
+    """The reported loss of `over` minus that of what the user ships, nats per token; None where nobody knows. A user in
+    a network tells no losses but its `gains`."""
+    if "gains" in record:
+        told: float | None = record["gains"].get(over)
+        return told
+    losses = record["reporting"]
+    if not losses or losses[over] is None or losses[record["chosen"]] is None:
+        return None
+    return float(losses[over] - losses[record["chosen"]])
+
+
 def gains(records: Sequence[Mapping[str, Any]], over: str) -> list[float]:
-    """Of every measured user in order: the reported loss of `over` minus that of what it ships, nats per token."""
-    found = []
-    for record in records:
-        losses = record["reporting"]
-        if losses and losses[over] is not None and losses[record["chosen"]] is not None:
-            found.append(losses[over] - losses[record["chosen"]])
-    return found
+    """Of every measured user in order, its `gain`."""
+    return [found for record in records if (found := gain(record, over)) is not None]

@@ -76,6 +76,11 @@ def module_names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
+def layer_of(name: str) -> int | None:
+    """The number of the layer that a tensor belongs to, None for one outside of all."""
+    return next((int(part) for part in name.split(".") if part.isdecimal()), None)
+
+
 def decoder_layers(model: Any) -> nn.ModuleList:
     """The decoder blocks of a causal language model, in order. ModelError for an unknown layout."""
     layers = getattr(getattr(model, "model", None), "layers", None)
@@ -132,6 +137,12 @@ class Trainables:
                 a, b = (values[f"{module}.{end}"].to(self.device) for end in FOLDED)
                 slots["lora_A"] = torch.cat([slots["lora_A"], a.expand(len(slots["lora_A"]), -1, -1)], 1)
                 slots["lora_B"] = torch.cat([slots["lora_B"], (b / self.spec.scale).expand(count, -1, -1)], 2)
+
+    def untrained(self) -> int:
+        """How many layers from `lowest` on have no tensor that collects a gradient and none below them that does."""
+        places = [layer_of(name) for name, (probed, slot) in self._places.items() if probed.slots[slot].requires_grad]
+        known = [place for place in places if place is not None]
+        return min(known) - self.lowest if known and len(known) == len(places) else 0
 
     def set_one(self, values: Arrays) -> None:
         """Use one set of values, each of its own shape."""

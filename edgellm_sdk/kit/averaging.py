@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from edgellm_sdk.random import RNG_ID
 from edgellm_sdk.types import FOLDED, Array, Arrays, State, Update
 from edgellm_sdk.wire import check_update
 
+Value = TypeVar("Value")
 KINDS = ("weights", "delta")
 """`weights`: a client's new values; `delta`: new values minus those it was sent."""
 
@@ -89,13 +91,38 @@ def values(update: Update, state: State, ctx: Context) -> dict[str, Array]:
     return {name: array.astype(np.float64) + start.get(name, 0) for name, array in update.arrays.items()}
 
 
+def names(several: Sequence[Mapping[str, Value]]) -> list[str]:
+    """All names, in the order in which they come first."""
+    return list(dict.fromkeys(name for one in several for name in one))
+
+
+def having(
+    name: str, several: Sequence[Mapping[str, Value]], weights: Sequence[float]
+) -> tuple[list[Value], list[float]]:
+    """What is called `name` where there is such, and the weights, which are as much in sum as all: clients that do not
+    train an array have no say in its mean."""
+    rows = [(one[name], weight) for one, weight in zip(several, weights, strict=True) if name in one]
+    if len(rows) == len(several):
+        return [value for value, _ in rows], list(weights)
+    whole, part = math.fsum(weights), math.fsum(weight for _, weight in rows)
+    share = whole / part if part else 0.0
+    return [value for value, _ in rows], [weight * share for _, weight in rows]
+
+
+def dtypes(updates: Sequence[Update]) -> dict[str, np.dtype[Any]]:
+    """Of every array that an update carries."""
+    return {name: array.dtype for update in reversed(updates) for name, array in update.arrays.items()}
+
+
 def mean(several: Sequence[Arrays], weights: Sequence[float]) -> dict[str, Array]:
-    """sum_k weights[k] several[k], name by name: float64. FederationError for integers and for unlike shapes."""
+    """sum_k weights[k] several[k], name by name, over those who have it (see `having`): float64. FederationError for
+    integers and for unlike shapes."""
     found = {}
-    for name, first in several[0].items():
+    for name in names(several):
+        rows, scaled = having(name, several, weights)
+        first = rows[0]
         total = np.zeros(first.shape)
-        for arrays, weight in zip(several, weights, strict=True):
-            array = arrays[name]
+        for array, weight in zip(rows, scaled, strict=True):
             if array.dtype.kind != "f":
                 raise FederationError(f"{name} holds {array.dtype}, which has no mean", "aggregate")
             if array.shape != first.shape:

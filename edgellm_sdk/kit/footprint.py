@@ -20,6 +20,8 @@ GRAPH = 10
 in flight; three as wide as its FFN are counted apart."""
 COPIES = 6
 """theta, its gradient, two moments, theta as it was sent, the change."""
+HELD = 2
+"""What does not train is there as it was sent, and in the model."""
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -56,7 +58,7 @@ def shape_of(model: ModelHandle, precision: str = "auto") -> Shape:
 @dataclass(frozen=True)
 class Turn:
     """One client's work: `trained` layers from the top, `scalars` that train, `steps` of `batch` texts of `length`, of
-    each of which `scored` positions go through the vocabulary."""
+    each of which `scored` positions go through the vocabulary. `held` scalars are sent and used, but do not train."""
 
     trained: int
     scalars: int
@@ -66,6 +68,7 @@ class Turn:
     chunk: int = 64
     probes: int = 0
     scored: int = 4
+    held: int = 0
 
     @property
     def tokens(self) -> int:
@@ -81,7 +84,7 @@ def memory(shape: Shape, turn: Turn, floor: int) -> int:
     if turn.probes:
         return floor + weights + layer + attention + logits + 3 * 4 * turn.scalars
     inputs = turn.trained * turn.tokens * shape.hidden * shape.bytes
-    return floor + weights + inputs + 2 * layer + attention + logits + COPIES * 4 * turn.scalars
+    return floor + weights + inputs + 2 * layer + attention + logits + 4 * (COPIES * turn.scalars + HELD * turn.held)
 
 
 def flops(shape: Shape, turn: Turn) -> float:

@@ -113,7 +113,7 @@ def in_simulation(job: Job, indices: Mapping[str, list[int]], profiles: Mapping[
         description = {"asked": dataclasses.asdict(job.asked), "options": dict(job.options)}
         cores = len(os.sched_getaffinity(0))
         sizes = {client: len(rows) for client, rows in indices.items()}
-        with simulated(description, len(sizes), cores, job.asked.device.startswith("cuda")) as engine:
+        with simulated(description, len(sizes), cores, job.asked.device.startswith("cuda"), ctx.spent) as engine:
             yield Crowd(sizes, engine, profiles)
 
     return gather

@@ -16,13 +16,16 @@ from edgellm_sdk.errors import ConfigError, EdgeLLMError, FederationError, Plugi
 from edgellm_sdk.federate import flower
 from edgellm_sdk.federate.client import work
 from edgellm_sdk.federate.engine import Crowd
+from edgellm_sdk.federate.personal import INDEX, USERS, Record, alone
 from edgellm_sdk.federate.sent import Sent
+from edgellm_sdk.federate.told import cost_to_bytes, gains_to_bytes
 from edgellm_sdk.relay import Relay
 from edgellm_sdk.report import Meter, environment
-from edgellm_sdk.steps import federated, recipe
+from edgellm_sdk.steps import federated, fleet, recipe
 from edgellm_sdk.steps.examples import balanced
+from edgellm_sdk.steps.fleet import Elsewhere, Fleet
 from edgellm_sdk.steps.step import Outcome
-from edgellm_sdk.types import Dataset, Metric, ModelHandle
+from edgellm_sdk.types import Dataset, Metric, ModelHandle, State
 
 KNOCK = 1.0
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
@@ -54,7 +57,8 @@ def serve(
     """Run the one `finetune` step of the recipe `source` over a network, with clients that `join`.
 
     The recipe's `clients` says how many are waited for, its `data`, if any, only measures. Times are in seconds,
-    `limit` in MB. The model is the same, byte for byte, as with the same clients in process.
+    `limit` in MB. The model is the same, byte for byte, as with the same clients in process. With `personalise` each
+    client then makes an adapter of its own, which stays with it; the report has what it told of its gain.
     """
     given = {
         "output": str(output), "address": address, "keys": str(keys), "insecure": insecure, "wait": wait,
@@ -68,9 +72,11 @@ def serve(
     chosen = config.build(
         settings.Finetune, {**step, "output": str(output), "resume": resume, "keep_wire": keep_wire}, "finetune"
     )
-    if chosen.personalise or chosen.engine != "process" or chosen.profiles:
-        raise ConfigError("personalise, engine and profiles are for one machine", str(source), "leave them out")
+    if chosen.engine != "process" or chosen.profiles:
+        raise ConfigError("engine and profiles are for one machine", str(source), "leave them out")
     job = federated.checked(chosen, options, quiet)
+    if chosen.personalise:
+        alone(job.relay, chosen.personalise)
     terms = Terms(
         address, str(keys), insecure, chosen.clients, chosen.quorum, asked.wait, asked.deadline, asked.grace,
         limit * 1_000_000, _offer(job),
@@ -80,7 +86,11 @@ def serve(
 
     @contextmanager
     def gather(relay: Relay, model: ModelHandle, ctx: Context) -> Iterator[Crowd]:
-        with gathered(terms, ctx, model.digest) as crowd:
+        elsewhere = Elsewhere(ctx) if chosen.personalise else None
+        hiding = [name for name, loaded in relay.plugins.items() if loaded.plugin.hides]
+        if elsewhere and hiding:
+            ctx.note(f"{hiding[0]} hides what clients have: what personalising gained stays with them")
+        with gathered(terms, ctx, model.digest, elsewhere) as crowd:
             yield crowd
 
     return federated.train(job, gather, valid)
@@ -105,6 +115,7 @@ def _offer(job: federated.Job) -> dict[str, Any]:
         "plugin": asked.plugin, "aggregate": asked.aggregate, "around": asked.around, "options": own,
         "model": asked.model if public else "", "seed": asked.seed, "rounds": job.rounds,
         "task_prompt": asked.task_prompt, "balance": asked.balance, "partition": asked.partition,
+        "personalise": asked.personalise, "kept_aside": float(asked.kept_aside),
     }  # fmt: skip
 
 
@@ -130,6 +141,8 @@ def join(
 
     The work is done by the plugins installed here, on the model found here, whose digest must be the server's. All
     that is sent is listed in `output/wire` (see `edgellm audit wire`). Ends with the personalised model in `output`.
+    Where the recipe has `personalise` there is an adapter of this client's own too, if that helps; `export --users`
+    writes both. Only what it gained is told, and nothing where a plugin of the run hides what clients have.
     """
     given = {
         "data": data, "output": str(output), "model": model, "keys": str(keys), "insecure": insecure, "name": name,
@@ -211,7 +224,7 @@ def _accept(
         settings.Finetune,
         {
             **{name: offer[name] for name in ("plugin", "aggregate", "around", "seed", "rounds", "task_prompt",
-               "balance", "partition")},
+               "balance", "partition", "personalise", "kept_aside")},
             "model": model, "data": asked.data, "output": asked.output, "device": asked.device,
             "memory": asked.memory, "resume": asked.resume, "clients": part[1] if part else 1,
         },
@@ -246,13 +259,27 @@ def _take_part(guest: Any, job: federated.Job, handle: ModelHandle, data: Datase
             machine = {name: about[name] for name in ("cores", "memory_bytes", "platform")} | {"device": asked.device}
             if asked.memory:
                 machine["memory_bytes"] = asked.memory << 20
+            steps = job.asked.personalise
+            own = Fleet({guest.name: data}, job.asked.kept_aside, steps, ctx) if steps else None
+            data = own.training[guest.name] if own else data
             enrolment = answer(guest.name, len(data), handle.digest, machine)
+            hidden = any(loaded.plugin.hides for loaded in relay.plugins.values())
+            records: list[Record] = []
 
             def turn(message: bytes) -> Any:
                 return work(relay, handle, data, guest.name, message, ctx)
 
+            def cost() -> bytes:
+                return b"" if hidden else cost_to_bytes(ctx.spent.get(guest.name))
+
+            def last(final: State) -> bytes:
+                if own is None:
+                    return b""
+                records[:] = own.personalised(relay, handle, final)
+                return b"" if hidden else gains_to_bytes(records[0])
+
             with ctx.progress("federated rounds", job.rounds) as progress:
-                final = guest.work(enrolment, turn, sent, progress)
+                final = guest.work(enrolment, turn, sent, progress, last, cost)
             tuned = relay.personalise(handle, final, step.folder / "model", ctx)
         report.finish(meter, ctx)
         report.metrics |= {
@@ -260,4 +287,6 @@ def _take_part(guest: Any, job: federated.Job, handle: ModelHandle, data: Datase
             "messages sent": Metric(sent.count, "messages"),
             "sent": Metric(sent.total, "bytes"),
         }
-        return step.publish(tuned, report)
+        if records:
+            fleet.describe(report, records)
+        return step.publish(tuned, report, (USERS, INDEX) if records else ())

@@ -28,6 +28,8 @@ def records_of(run: Path) -> list[Record]:
     if store.published(run) is None:
         raise ModelError("differs from what the run published, or the run has not finished", str(run), "run it again")
     records: list[Record] = store.read_json(run / INDEX)["users"]
+    if not all("adapter" in record for record in records):
+        raise ConfigError("the users keep their adapters themselves", str(run), "export the folder of a user's join")
     if not all(intact(run, record) for record in records):
         raise ModelError("a user's adapter differs from what the run published", str(run), "run it again")
     return records

@@ -7,7 +7,6 @@ import hashlib
 import importlib.util
 import json
 import os
-import socket
 import subprocess
 import sys
 import threading
@@ -21,12 +20,14 @@ import pytest
 import edgellm_sdk as edgellm
 from edgellm_sdk.errors import ConfigError, EdgeLLMError, FederationError
 from edgellm_sdk.random import Stream
-from edgellm_sdk.steps import Outcome, federation
+from edgellm_sdk.steps import federation
 from edgellm_sdk.steps.audit import wire_of
 from edgellm_sdk.steps.federation import join, keys, serve
 
 if importlib.util.find_spec("flwr") is None:
     pytest.skip("Flower is not installed", allow_module_level=True)
+
+from loopback import Aside, free_port  # noqa: E402
 
 OPTIONS = {"rank": 4, "batch_size": 4, "steps": 2}
 ROUNDS = 3
@@ -92,34 +93,6 @@ def expected(tiny_llama: Path, data: Path, tmp_path_factory: pytest.TempPathFact
     return digest(output)
 
 
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port: int = one.getsockname()[1]
-        return port
-
-
-class Aside(threading.Thread):
-    """A verb in a thread; `outcome` is what it gave or raised."""
-
-    def __init__(self, call: Callable[..., Outcome], *args: Any, **kwargs: Any) -> None:
-        super().__init__(daemon=True)
-        self.call = lambda: call(*args, **kwargs)
-        self.outcome: Any = None
-        self.start()
-
-    def run(self) -> None:
-        try:
-            self.outcome = self.call()
-        except BaseException as error:
-            self.outcome = error
-
-    def result(self, seconds: float = 90) -> Outcome:
-        self.join(seconds)
-        assert isinstance(self.outcome, Outcome), self.outcome
-        return self.outcome
-
-
 def joining(port: int, number: int, tmp_path: Path, data: Path, model: Path, **more: Any) -> Aside:
     given = {"shard": f"{number}/2", "model": str(model), "patience": 60.0, **more}
     return Aside(join, f"127.0.0.1:{port}", str(data), tmp_path / f"client-{number}", **given)
@@ -143,10 +116,10 @@ def test_over_loopback_with_tls_the_bytes_are_those_of_the_process(
     for number, report in enumerate(reports):
         found = wire_of(tmp_path / f"client-{number}")
         kinds = [message["kind"] for message in found["messages"]]
-        assert kinds == ["enrolled", *["update"] * ROUNDS] and found["bytes"] == report.metrics["sent"].value
+        assert kinds == ["enrolled", *["cost", "update"] * ROUNDS] and found["bytes"] == report.metrics["sent"].value
         said = found["messages"][0]["says"]
         assert set(said) == {"client", "examples", "digest", "machine"} and said["client"] == f"client-00{number}"
-        updates = found["messages"][1:]
+        updates = [message for message in found["messages"] if message["kind"] == "update"]
         ledger = done.report.bytes[f"client-00{number}"]
         assert sum(message["bytes"] for message in updates) == ledger["up"] and ledger["rounds"] == ROUNDS
         assert ledger["down"] > ledger["up"]  # the final state as well
@@ -253,6 +226,8 @@ def test_the_simulation_engine_gives_the_same_bytes(
     found = wire_of(tmp_path / "run")
     assert found["bytes"] == sum(entry["up"] for entry in done.report.bytes.values()) > 0
     assert found["source"] == "the messages themselves"
+    rows = [json.loads(line) for line in (tmp_path / "run" / "ledger.jsonl").read_text().splitlines()]
+    assert all(row["peak"] > 50_000_000 and row["took"] > 0 for row in rows)  # told by the workers
 
 
 def test_a_shard_is_a_part_and_an_address_is_one(data: Path, tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ from edgellm_sdk.federate.sent import Sent  # noqa: E402
 LIMIT = 8 << 20
 OFFER = {
     "plugin": "p", "aggregate": "", "around": "", "options": {}, "model": "", "digest": "d", "seed": 0, "rounds": 1,
-    "task_prompt": "", "balance": False, "partition": "iid", "limit": LIMIT,
+    "task_prompt": "", "balance": False, "partition": "iid", "limit": LIMIT, "personalise": 0, "kept_aside": 0.2,
 }  # fmt: skip
 
 

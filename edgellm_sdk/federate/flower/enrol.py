@@ -16,8 +16,8 @@ from edgellm_sdk.errors import FederationError, printable
 from edgellm_sdk.federate.flower.hub import Hub, Reply
 from edgellm_sdk.wire import strict_json
 
-OFFER, ENROLLED, REFUSED, WORK, UPDATE, FAILURE, STOPPED, FINISHED = (
-    "offer", "enrolled", "refused", "work", "update", "failure", "stopped", "finished",
+OFFER, ENROLLED, REFUSED, WORK, UPDATE, FAILURE, STOPPED, FINISHED, GAINS, HEARD = (
+    "offer", "enrolled", "refused", "work", "update", "failure", "stopped", "finished", "gains", "heard",
 )  # fmt: skip
 MAX_ANSWER = 64 << 10
 PAUSE = 0.05
@@ -98,6 +98,9 @@ class Roster:
         self.ctx.note(f"turned away {self.hub.names.get(node, 'a client')}: {reason}")
         self.hub.send(node, STOPPED, reason.encode())
 
+    def _here(self, client: str) -> bool:
+        return self.hub.present(self.members[client].node)
+
     def wait(self, wanted: int, least: int, seconds: float, look: Callable[[int], None]) -> None:
         """Until `wanted` have enrolled, or `least` of them at the deadline. FederationError below that."""
         until = time.monotonic() + seconds
@@ -113,15 +116,18 @@ class Roster:
             self.ctx.note(f"{len(self.members)} of {wanted} clients came within {seconds:.0f} s")
 
     def tell(self, kind: str, body: bytes, seconds: float) -> list[str]:
-        """Leave everybody present a last message and wait until it is answered; returns who answered."""
+        """Leave everybody present a last message and wait until it is answered or they leave; returns who answered."""
         left = {
             message: client
             for client, member in self.members.items()
-            if self.hub.present(member.node) and (message := self.hub.send(member.node, kind, body)) is not None
+            if self._here(client) and (message := self.hub.send(member.node, kind, body)) is not None
         }
         told = []
         until = time.monotonic() + seconds
         while left and time.monotonic() < until:
             told += [left.pop(message) for message in self.hub.replies(left)]
+            for message in [message for message, client in left.items() if not self._here(client)]:
+                self.hub.forget(message)
+                del left[message]
             time.sleep(PAUSE)
         return sorted(told)

@@ -37,7 +37,7 @@ from edgellm_sdk.errors import ModelError
 from edgellm_sdk.federate.flower.front import Front
 from edgellm_sdk.federate.flower.gate import Gate
 from edgellm_sdk.federate.flower.keys import Identity
-from edgellm_sdk.federate.flower.parts import CALL, from_records, to_records
+from edgellm_sdk.federate.flower.parts import CALL, cost_of, from_records, to_records
 
 WORKERS = 32
 TASK_SECONDS = 10.0
@@ -79,10 +79,12 @@ def addressed(run: int, node: int, records: RecordDict, round: int) -> Message:
 
 @dataclass(frozen=True)
 class Reply:
-    """What a node answered; `kind` is empty when the answer could not be read, and `body` then says why."""
+    """What a node answered, and what that `cost` it; `kind` is empty when the answer could not be read, and `body` then
+    says why."""
 
     kind: str
     body: bytes
+    cost: bytes = b""
 
 
 class Hub:
@@ -210,13 +212,14 @@ class Hub:
             if not isinstance(answer, Message) or not answer.has_content():
                 return Reply("", b"sent an error")
             kind, body = from_records(answer.content, self.limit, "the answer")
+            cost = cost_of(answer.content)
         except ModelError as error:
             return Reply("", error.what.encode())
         except Exception as error:  # the bytes are a stranger's, and Flower's readers raise what they like
             return Reply("", f"malformed: {type(error).__name__}".encode())
         finally:
             self.store.delete(answer_id)
-        return Reply(kind, body)
+        return Reply(kind, body, cost)
 
     def forget(self, message_id: str) -> None:
         """Drop a message, its answer and their parts."""

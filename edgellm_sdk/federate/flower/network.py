@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgellm_sdk import store, wire
 from edgellm_sdk.context import Context
 from edgellm_sdk.errors import ConfigError, EdgeLLMError, Interrupted, printable
 from edgellm_sdk.federate.engine import Crowd
 from edgellm_sdk.federate.flower import keys
-from edgellm_sdk.federate.flower.enrol import FINISHED, PAUSE, STOPPED, UPDATE, WORK, Roster
+from edgellm_sdk.federate.flower.enrol import FINISHED, HEARD, PAUSE, STOPPED, UPDATE, WORK, Roster
 from edgellm_sdk.federate.flower.hub import Hub
 from edgellm_sdk.federate.flower.link import split_address
 from edgellm_sdk.federate.ledger import FINAL, Line
 from edgellm_sdk.federate.rounds import Engine, Failure
 from edgellm_sdk.federate.sent import round_of
+from edgellm_sdk.federate.told import cost_from_bytes
 from edgellm_sdk.types import Profile, State
+
+if TYPE_CHECKING:
+    from edgellm_sdk.steps.fleet import Elsewhere
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 MEMBERS = "clients.json"
@@ -62,8 +66,11 @@ def check(terms: Terms) -> None:
 
 
 @contextmanager
-def gathered(terms: Terms, ctx: Context, digest: str) -> Iterator[Crowd]:
-    """Open the port, wait for the clients, and lend them to the rounds; tell them when it is over."""
+def gathered(terms: Terms, ctx: Context, digest: str, elsewhere: Elsewhere | None = None) -> Iterator[Crowd]:
+    """Open the port, wait for the clients, and lend them to the rounds; tell them when it is over.
+
+    With `elsewhere` they personalise then, within the deadline of a round, and it is given what they tell.
+    """
     folder = Path(terms.keys) if terms.keys else None
     identity = keys.read(folder) if folder else None
     admitted = keys.admitted(folder) if folder else {}
@@ -76,7 +83,8 @@ def gathered(terms: Terms, ctx: Context, digest: str) -> Iterator[Crowd]:
             ctx.note("insecure: no TLS and no authentication, on loopback")
         ctx.note(f"listening on {terms.address}")
         roster = Roster(hub, {**terms.offer, "digest": digest, "limit": terms.limit}, examples, ctx)
-        wanted = len(examples) or terms.clients
+        before = elsewhere.told(examples) if elsewhere else {}
+        wanted = len(examples.keys() - before) if examples else terms.clients
         with ctx.progress("clients", wanted) as progress:
             seen = [0]
 
@@ -84,7 +92,8 @@ def gathered(terms: Terms, ctx: Context, digest: str) -> Iterator[Crowd]:
                 progress.advance(count - seen[0], ", ".join(sorted(roster.members)))
                 seen[0] = count
 
-            roster.wait(wanted, max(1, math.ceil(terms.quorum * wanted)), terms.wait, look)
+            if wanted:
+                roster.wait(wanted, max(1, math.ceil(terms.quorum * wanted)), terms.wait, look)
         if not known:
             known = {
                 name: {"examples": member.examples, "machine": roster.machines.get(name, {})}
@@ -95,12 +104,15 @@ def gathered(terms: Terms, ctx: Context, digest: str) -> Iterator[Crowd]:
         machines = {name: entry["machine"] for name, entry in known.items()}
 
         def finished(final: State) -> list[Line]:
-            body = wire.state_to_bytes(final)
-            told = roster.tell(FINISHED, body, FAREWELL)
-            return [Line(client, len(body), 0, 0, 0, kind=FINAL) for client in told]
+            body = wire.state_to_bytes(replace(final, arrays=final.sent))
+            if elsewhere is None:
+                told = dict.fromkeys(roster.tell(FINISHED, body, FAREWELL), 0)
+            else:
+                told = before | personalised(roster, terms, sorted(sizes.keys() - before), body, elsewhere)
+            return [Line(client, len(body), 0, up, 0, kind=FINAL) for client, up in told.items()]
 
         try:
-            yield Crowd(sizes, over(roster, terms), profiles(machines), finished, lambda: traffic(roster))
+            yield Crowd(sizes, over(roster, terms), profiles(machines), finished, lambda: traffic(roster), elsewhere)
         except Interrupted:
             raise  # the clients wait for --resume
         except EdgeLLMError as error:
@@ -110,9 +122,30 @@ def gathered(terms: Terms, ctx: Context, digest: str) -> Iterator[Crowd]:
         hub.close()
 
 
-def over(roster: Roster, terms: Terms) -> Engine:
-    """An engine over the members of `roster`. Who is silent at the deadline, or away too long, is left out."""
-    hub = roster.hub
+def personalised(
+    roster: Roster, terms: Terms, clients: Sequence[str], body: bytes, elsewhere: Elsewhere
+) -> dict[str, int]:
+    """Give `clients` the last state and wait for what each tells: bytes of that by client, of those reached."""
+    told = {}
+    with roster.ctx.progress("one adapter for each user, on their machines", len(clients)) as progress:
+        for client, reply in over(roster, terms, FINISHED, FINISHED)(dict.fromkeys(clients, body)):
+            progress.advance(1, client)
+            if isinstance(reply, Failure):
+                roster.ctx.note(f"{client} did not tell what personalising gained: {printable(reply.reason)}")
+                if not reply.reached:
+                    continue
+            elif reply:
+                elsewhere.add(client, reply)
+                roster.hub.send(roster.members[client].node, HEARD, b"")
+            told[client] = 0 if isinstance(reply, Failure) else len(reply)
+    roster.tell(HEARD, b"", FAREWELL)  # also to those who had told before the server was started again
+    return dict(sorted(told.items()))
+
+
+def over(roster: Roster, terms: Terms, kind: str = WORK, wanted: str = UPDATE) -> Engine:
+    """An engine over the members of `roster`. Who is silent at the deadline, or away too long, is left out. `kind` is
+    that of the messages, `wanted` that of the replies. What turns cost goes to `ctx.spent`, as far as clients tell."""
+    hub, spent = roster.hub, roster.ctx.spent
     away: set[str] = set()  # nobody waits again for who did not come back
 
     def exchange(messages: Mapping[str, bytes]) -> Iterator[tuple[str, bytes | Failure]]:
@@ -120,6 +153,8 @@ def over(roster: Roster, terms: Terms) -> Engine:
         waiting: dict[str, tuple[int, str]] = {}
         there = {client: -math.inf if client in away else began for client in messages}
         left = set(messages)
+        for client in left:
+            spent.pop(client, None)
         try:
             while left:
                 roster.poll()
@@ -133,7 +168,7 @@ def over(roster: Roster, terms: Terms) -> Engine:
                             if client in waiting:
                                 hub.forget(waiting[client][1])
                             body = messages[client]
-                            message = hub.send(member.node, WORK, body, round_of(body))
+                            message = hub.send(member.node, kind, body, round_of(body))
                             if message is not None:
                                 waiting[client] = (member.session, message)
                     elif now - there[client] > terms.grace:
@@ -146,8 +181,10 @@ def over(roster: Roster, terms: Terms) -> Engine:
                     reply = found.get(waiting[client][1]) if client in waiting else None
                     if reply is not None:
                         left.discard(client)
+                        if (cost := cost_from_bytes(reply.cost)) is not None:
+                            spent[client] = cost
                         reason = reply.body[:300].decode(errors="replace")
-                        yield client, reply.body if reply.kind == UPDATE else Failure(reason)
+                        yield client, reply.body if reply.kind == wanted else Failure(reason)
                 if left and time.monotonic() - began > terms.deadline:
                     for client in sorted(left):
                         yield client, Failure(f"was silent for {terms.deadline:.0f} s")

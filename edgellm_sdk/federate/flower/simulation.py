@@ -29,15 +29,16 @@ from flwr.supercore.object_store import ObjectStoreFactory
 from flwr.superlink.federation import NoOpFederationManager
 from flwr.superlink.grid import InMemoryGrid
 
-from edgellm_sdk.context import Context
+from edgellm_sdk.context import Context, Cost
 from edgellm_sdk.errors import EdgeLLMError, FederationError, printable
 from edgellm_sdk.federate.client import work
 from edgellm_sdk.federate.flower import QUIET
 from edgellm_sdk.federate.flower.enrol import FAILURE, UPDATE, WORK
 from edgellm_sdk.federate.flower.hub import addressed, begin_run
-from edgellm_sdk.federate.flower.parts import from_records, to_records
+from edgellm_sdk.federate.flower.parts import cost_of, from_records, to_records
 from edgellm_sdk.federate.rounds import Engine, Failure
 from edgellm_sdk.federate.sent import round_of
+from edgellm_sdk.federate.told import cost_from_bytes, cost_to_bytes
 from edgellm_sdk.relay import Relay
 from edgellm_sdk.types import Dataset, ModelHandle
 
@@ -78,8 +79,9 @@ def client_app(description: str) -> ClientApp:
             done = work(mine.relay, mine.model, mine.shards(client), client, body, mine.ctx)
         except EdgeLLMError as error:
             return Message(to_records(FAULT, str(error).encode()), reply_to=message)
-        records = to_records(FAILURE, done.reason.encode()) if isinstance(done, Failure) else to_records(UPDATE, done)
-        return Message(records, reply_to=message)
+        cost = cost_to_bytes(mine.ctx.spent.get(client))
+        kind, said = (FAILURE, done.reason.encode()) if isinstance(done, Failure) else (UPDATE, done)
+        return Message(to_records(kind, said, cost), reply_to=message)
 
     return app
 
@@ -102,8 +104,9 @@ def _start_ray(cores: int) -> None:
 
 
 @contextmanager
-def simulated(job: Mapping[str, Any], clients: int, cores: int, gpu: bool) -> Iterator[Engine]:
-    """Start Ray with a worker on each of `cores`, for `job` (JSON values). FederationError when it does not come up."""
+def simulated(job: Mapping[str, Any], clients: int, cores: int, gpu: bool, spent: dict[str, Cost]) -> Iterator[Engine]:
+    """Start Ray with a worker on each of `cores`, for `job` (JSON values); what turns cost goes to `spent`.
+    FederationError when it does not come up."""
     factory = LinkStateFactory(FLWR_IN_MEMORY_DB_NAME, NoOpFederationManager(), ObjectStoreFactory())
     state = factory.state()
     stop = threading.Event()
@@ -141,17 +144,21 @@ def simulated(job: Mapping[str, Any], clients: int, cores: int, gpu: bool) -> It
     try:
         while len(list(grid.get_node_ids())) < nodes and not stop.is_set():
             time.sleep(POLL)
-        yield _over(grid, run.run_id, stop, trouble)
+        yield _over(grid, run.run_id, stop, trouble, spent)
     finally:
         stop.set()
         thread.join(30)
 
 
-def _over(grid: InMemoryGrid, run: int, stop: threading.Event, trouble: list[BaseException]) -> Engine:
+def _over(
+    grid: InMemoryGrid, run: int, stop: threading.Event, trouble: list[BaseException], spent: dict[str, Cost]
+) -> Engine:
     nodes = sorted(grid.get_node_ids())
 
     def exchange(messages: Mapping[str, bytes]) -> Iterator[tuple[str, bytes | Failure]]:
         waiting: dict[str, str] = {}
+        for client in messages:
+            spent.pop(client, None)
         for number, (client, body) in enumerate(messages.items()):
             records = to_records(WORK, body)
             records[CLIENT] = ConfigRecord({"name": client})
@@ -167,6 +174,8 @@ def _over(grid: InMemoryGrid, run: int, stop: threading.Event, trouble: list[Bas
                     yield client, Failure(printable(str(answer.error.reason))[:300])
                     continue
                 kind, body = from_records(answer.content, 1 << 40, "the answer")
+                if (cost := cost_from_bytes(cost_of(answer.content))) is not None:
+                    spent[client] = cost
                 if kind == FAULT:
                     raise FederationError(printable(body.decode())[:300], client)
                 yield client, body if kind == UPDATE else Failure(body.decode())

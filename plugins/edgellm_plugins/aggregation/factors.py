@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from edgellm_sdk.context import Context
 from edgellm_sdk.errors import FederationError
+from edgellm_sdk.kit import averaging
 from edgellm_sdk.types import Array, Arrays
 
 A, B = "lora_A", "lora_B"
@@ -103,8 +104,8 @@ def stacked(products: Sequence[Product], weights: Sequence[float]) -> Product:
 
 
 def mean(several: Sequence[Mapping[str, Product]], weights: Sequence[float]) -> dict[str, Product]:
-    """The exact weighted mean of products, module by module, stacked."""
-    return {module: stacked([one[module] for one in several], weights) for module in several[0]}
+    """The exact weighted mean of products, module by module, stacked, over those who have it (`averaging.having`)."""
+    return {module: stacked(*averaging.having(module, several, weights)) for module in averaging.names(several)}
 
 
 def difference(one: Product, other: Product) -> Product:
@@ -167,13 +168,13 @@ def aggregation_error(used: Mapping[str, Product], ideal: Mapping[str, Product])
 def averaged(several: Sequence[Mapping[str, Product]], weights: Sequence[float]) -> dict[str, Product]:
     """(mean B)(mean A), module by module: what averaging factors gives, which is not the mean of products."""
     found = {}
-    for module in several[0]:
-        rows = [one[module] for one in several]
+    for module in averaging.names(several):
+        rows, scaled = averaging.having(module, several, weights)
         if len({row.rank for row in rows}) != 1:
             raise FederationError(f"{module}: factors of unlike ranks have no mean", "aggregate")
         found[module] = Product(
-            np.sum([row.b * weight for row, weight in zip(rows, weights, strict=True)], axis=0),
-            np.sum([row.a * weight for row, weight in zip(rows, weights, strict=True)], axis=0),
+            np.sum([row.b * weight for row, weight in zip(rows, scaled, strict=True)], axis=0),
+            np.sum([row.a * weight for row, weight in zip(rows, scaled, strict=True)], axis=0),
         )
     return found
 
@@ -193,11 +194,11 @@ def draw_errors(
 ) -> None:
     """For the report, over rounds: the aggregation error of `used` beside that of averaged factors (unlike ranks filled
     up with zeros); of these alone where `used` is None. Nothing where there are no factors."""
-    if not several or not several[0]:
+    if not any(several):
         return
     ideal = mean(several, weights)
-    widest = {module: max(one[module].rank for one in several) for module in ideal}
-    same = [{module: padded(one[module], widest[module]) for module in ideal} for one in several]
+    widest = {module: max(one[module].rank for one in several if module in one) for module in ideal}
+    same = [{module: padded(product, widest[module]) for module, product in one.items()} for one in several]
     plain = aggregation_error(averaged(same, weights), ideal)
     told = [("aggregation error", plain)]
     if used is not None:

@@ -71,15 +71,22 @@ def aggregate(state: State, updates: Sequence[Update], config: Weighted, sides: 
     """The mean of what trained, in place of what was there. Files carried by hand hold both factors: those of one side,
     which is not the only one in `sides` that may train, must be equal in all."""
     rows = averaging.ordered(updates)
+    dtypes = averaging.dtypes(rows)
     weights = averaging.shares(rows, config.weighting, config.cap)
     several: list[Arrays] = [averaging.values(update, state, ctx) for update in rows]
     if not averaging.theta(state.arrays):
         _needs_one_side(several, sides)
     means = averaging.mean(several, weights)
-    arrays = dict(state.arrays) | {name: mean.astype(rows[0].arrays[name].dtype) for name, mean in means.items()}
-    products = [factors.factors({**averaging.theta(state.arrays), **one}) for one in several]
+    arrays = dict(state.arrays) | {name: mean.astype(dtypes[name]) for name, mean in means.items()}
+    products = [factors.factors({**_beside(state, one), **one}) for one in several]
     factors.draw_errors(ctx, state.round + 1, products, weights, factors.factors(averaging.theta(arrays)))
     return averaging.advanced(state, updates, arrays, ctx, turns.taken(state, updates, ctx))
+
+
+def _beside(state: State, trained: Arrays) -> dict[str, Array]:
+    """The factors of the state in the modules of `trained`."""
+    heads = {name.rpartition(".")[0] for name in trained}
+    return {n: array for n, array in averaging.theta(state.arrays).items() if n.rpartition(".")[0] in heads}
 
 
 def _needs_one_side(several: Sequence[Arrays], sides: Sequence[str]) -> None:

@@ -48,6 +48,9 @@ def changes(state: State, rows: Sequence[Update], ctx: Context) -> list[dict[str
                     a: np.concatenate([new[a].astype(np.float64), change[a]]),
                 }
         found.append(change)
+    if any(change.keys() != found[0].keys() for change in found):
+        what = "the clients train unlike sets of layers, and changes of unlike arrays have no distance"
+        raise FederationError(what, "aggregate", "give all clients the same layers, or use fedavg or flora")
     for name, first in factors.others(found[0]).items():
         for change in found:
             if change[name].shape != first.shape:

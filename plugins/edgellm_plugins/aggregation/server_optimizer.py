@@ -53,6 +53,7 @@ def stepped(
 ) -> State:
     """The state one round later. `start` holds the first value of every moment; arrays keep their dtype."""
     rows = averaging.ordered(updates)
+    dtypes = averaging.dtypes(rows)
     arrays = dict(state.arrays)
     for name, change in mean_change(state, rows, config).items():
         theta = state.arrays.get(name, np.zeros(change.shape))
@@ -61,7 +62,7 @@ def stepped(
             for moment, first in start.items()
         }
         step, after = rule(theta.astype(np.float64), change, before)
-        arrays[name] = (theta + step).astype(rows[0].arrays[name].dtype)
+        arrays[name] = (theta + step).astype(dtypes[name])
         arrays |= {f"{SERVER}{moment}/{name}": value for moment, value in after.items()}
     return averaging.advanced(state, updates, arrays, ctx)
 

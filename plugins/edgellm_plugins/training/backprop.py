@@ -92,10 +92,15 @@ def backward(frozen: Frozen, kept: Kept, chunk: int) -> float:
     """Mean cross-entropy per scored token of `kept` with the trainables now installed: nats.
 
     Its gradient is added to `.grad` of those that are leaves. Equal to autograd through the whole model up to rounding.
+    Nothing is kept of layers below the lowest with a leaf in it.
     """
     lower = [] if frozen.rows_only else list(zip(frozen.tail[:-1], kept.calls, strict=False))
+    still = min(frozen.trainables.untrained(), len(lower))
     inputs = [kept.hidden.clone()]  # inference tensors cannot be saved for backward, clones can
     with torch.no_grad():
+        for layer, keywords in lower[:still]:
+            inputs = [_output(layer, inputs[0], keywords)]
+        lower = lower[still:]
         for layer, keywords in lower:
             inputs.append(_output(layer, inputs[-1], keywords))
     hidden = inputs.pop().requires_grad_(bool(inputs))

@@ -26,3 +26,8 @@ class Options:
     chunk: int = opt(64, "scored positions that go through the vocabulary at once", unit="tokens", ge=1)
     hidden_memory: int = opt(512, "budget for kept hidden states of frozen layers; 0 keeps none", unit="MB", ge=0)
     precision: str = opt("auto", "of the frozen base", choices=("auto", "float32", "bfloat16", "float16"))
+
+    @property
+    def parts(self) -> bool:
+        """Whether a client may train some of theta and use the rest as it was sent (`types.FROZEN`)."""
+        return True

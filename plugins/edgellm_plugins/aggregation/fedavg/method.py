@@ -18,6 +18,7 @@ from edgellm_sdk.types import State, Update
 def aggregate(state: State, updates: Sequence[Update], config: Config, ctx: Context) -> State:
     """The state one round later; arrays keep their dtype. Arrays that no client changes stay."""
     rows = averaging.ordered(updates)
+    dtypes = averaging.dtypes(rows)
     weights = averaging.shares(rows, config.weighting, config.cap)
     found = averaging.mean([update.arrays for update in rows], weights)
     if factors.modules(found) and (rows[0].kind == "weights" or state.arrays):
@@ -30,5 +31,5 @@ def aggregate(state: State, updates: Sequence[Update], config: Config, ctx: Cont
             mean = config.server_rate * mean + (0 if old is None else old)
         elif old is not None:
             mean = old + config.server_rate * (mean - old)
-        arrays[name] = mean.astype(rows[0].arrays[name].dtype)
+        arrays[name] = mean.astype(dtypes[name])
     return averaging.advanced(state, updates, arrays, ctx)

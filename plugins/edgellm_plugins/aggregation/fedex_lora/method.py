@@ -45,10 +45,11 @@ def residual(ideal: Mapping[str, Product], plain: Mapping[str, Product], config:
 def aggregate(state: State, updates: Sequence[Update], config: Config, ctx: Context) -> State:
     """Mean factors, and one more residual in what is folded."""
     rows = averaging.ordered(updates)
+    dtypes = averaging.dtypes(rows)
     weights = averaging.shares(rows, config.weighting, config.cap)
     several = [averaging.values(update, state, ctx) for update in rows]
     means = averaging.mean(several, weights)
-    theta = {name: mean.astype(rows[0].arrays[name].dtype) for name, mean in means.items()}
+    theta = {name: mean.astype(dtypes[name]) for name, mean in means.items()}
     products = [factors.factors(one) for one in several]
     missed = residual(factors.mean(products, weights), factors.factors(means), config)
     step = folding.named(missed, folding.scale(state)) if missed else {}

@@ -80,11 +80,12 @@ def kept(update: Update, assignment: Assignment, ctx: Context) -> Update:
 def aggregate(state: State, updates: Sequence[Update], config: Config, ctx: Context) -> State:
     """The mean of what was sent. FederationError for files that hold a B: whose it is to be, no file says."""
     rows = averaging.ordered(updates)
+    dtypes = averaging.dtypes(rows)
     if any(own_names(update.arrays) for update in rows):
         raise FederationError("every client keeps its own B: there is no one model", "aggregate", "use flora")
     several = [averaging.values(update, state, ctx) for update in rows]
     means = averaging.mean(several, averaging.shares(rows, config.weighting, config.cap))
-    arrays = dict(state.arrays) | {name: mean.astype(rows[0].arrays[name].dtype) for name, mean in means.items()}
+    arrays = dict(state.arrays) | {name: mean.astype(dtypes[name]) for name, mean in means.items()}
     told = {TAKEN: sorted({*state.scalars.get(TAKEN, ()), *(update.client for update in rows)})}
     return averaging.advanced(state, updates, arrays, ctx, {**turns.taken(state, updates, ctx), **told})
 

@@ -28,15 +28,16 @@ from edgellm_sdk.types import Array, State, Update
 def aggregate(state: State, updates: Sequence[Update], config: Config, ctx: Context) -> State:
     """The first components of the exact mean of products; the mean of what is no factor."""
     rows = averaging.ordered(updates)
+    dtypes = averaging.dtypes(rows)
     weights = averaging.shares(rows, config.weighting, config.cap)
     several = [averaging.values(update, state, ctx) for update in rows]
     products = [factors.factors(one) for one in several]
     means = averaging.mean([factors.others(one) for one in several], weights)
     arrays: dict[str, Array] = dict(state.arrays)
-    arrays |= {name: mean.astype(rows[0].arrays[name].dtype) for name, mean in means.items()}
+    arrays |= {name: mean.astype(dtypes[name]) for name, mean in means.items()}
     for module, exact in factors.mean(products, weights).items():
         old = state.arrays.get(f"{module}.{A}")
-        widest = max(one[module].rank for one in products)
+        widest = max(one[module].rank for one in products if module in one)
         rank = len(old) if old is not None else config.rank or widest
         cut = filled(factors.best(exact, rank), rank, old)
         arrays[f"{module}.{A}"], arrays[f"{module}.{B}"] = cut.a.astype(np.float32), cut.b.astype(np.float32)

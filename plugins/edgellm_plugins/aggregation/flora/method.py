@@ -70,12 +70,13 @@ def prepare(assignment: Assignment, ctx: Context) -> Assignment:
 def aggregate(state: State, updates: Sequence[Update], config: Config, ctx: Context) -> State:
     """The stack folded and a new start; of files carried by hand the stack itself."""
     rows = averaging.ordered(updates)
+    dtypes = averaging.dtypes(rows)
     weights = averaging.shares(rows, config.weighting, config.cap)
     several = [averaging.values(update, state, ctx) for update in rows]
     products = [factors.factors(one) for one in several]
     stack = factors.mean(products, weights)
     means = averaging.mean([factors.others(one) for one in several], weights)
-    theta: dict[str, Array] = {name: mean.astype(rows[0].arrays[name].dtype) for name, mean in means.items()}
+    theta: dict[str, Array] = {name: mean.astype(dtypes[name]) for name, mean in means.items()}
     if not averaging.theta(state.arrays):
         for module, product in stack.items():
             theta |= {f"{module}.{A}": product.a.astype(np.float32), f"{module}.{B}": product.b.astype(np.float32)}

@@ -34,6 +34,7 @@ def shares_by_norm(products: Sequence[Mapping[str, Product]]) -> list[float]:
 def aggregate(state: State, updates: Sequence[Update], config: Config, ctx: Context) -> State:
     """The zero-padded mean of factors; the mean of what is no factor, by the same weights."""
     rows = averaging.ordered(updates)
+    dtypes = averaging.dtypes(rows)
     several = [averaging.values(update, state, ctx) for update in rows]
     products = [factors.factors(one) for one in several]
     if config.weighting == "norm":
@@ -42,11 +43,11 @@ def aggregate(state: State, updates: Sequence[Update], config: Config, ctx: Cont
         weights = averaging.shares(rows, config.weighting, config.cap)
     means = averaging.mean([factors.others(one) for one in several], weights)
     arrays: dict[str, Array] = dict(state.arrays)
-    arrays |= {name: mean.astype(rows[0].arrays[name].dtype) for name, mean in means.items()}
-    wide = {module: max(one[module].rank for one in products) for module in products[0]}
+    arrays |= {name: mean.astype(dtypes[name]) for name, mean in means.items()}
+    wide = {m: max(one[m].rank for one in products if m in one) for m in averaging.names(products)}
     if state.arrays:
         wide = {module: len(state.arrays[f"{module}.{A}"]) for module in wide}
-    padded = [{module: factors.padded(one[module], rank) for module, rank in wide.items()} for one in products]
+    padded = [{module: factors.padded(product, wide[module]) for module, product in one.items()} for one in products]
     for module, product in factors.averaged(padded, weights).items():
         arrays[f"{module}.{A}"], arrays[f"{module}.{B}"] = product.a.astype(np.float32), product.b.astype(np.float32)
     factors.draw_errors(ctx, state.round + 1, products, weights)

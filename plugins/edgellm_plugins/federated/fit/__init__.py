@@ -1,4 +1,4 @@
-"""Work that fits each client: batch and steps from the memory, the cores and the link it says it has."""
+"""Work that fits each client: batch, layers and steps from the memory, the cores and the link it says it has."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ if TYPE_CHECKING:
 class Config:
     seconds: float = opt(0.0, "longest turn, computing and carrying both ways; 0 is any", unit="s", ge=0)
     floor: int = opt(330, "resident memory of a process before its model", unit="MB", ge=0)
+    layers: bool = opt(True, "who cannot bear one example in all trained layers trains fewer, the last ones")
 
 
 PLUGIN = Plugin(
     name="fit",
-    summary="smaller batches and fewer steps for clients with less memory, cores or link (--profiles)",
+    summary="smaller batches, fewer layers and steps for clients with less memory, cores or link (--profiles)",
     version="0.1.0",
     config=Config,
 )
@@ -35,5 +36,13 @@ def edgellm_assign(
 ) -> Generator[None, Mapping[str, Assignment], Mapping[str, Assignment]]:
     from edgellm_plugins.federated.fit.method import fitted
 
+    ctx.starts = {}  # of this round alone
     assigned = yield
     return fitted(assigned, data, ctx)
+
+
+@hookimpl
+def edgellm_prepare(assignment: Assignment) -> Assignment | None:
+    from edgellm_plugins.federated.fit.method import prepare
+
+    return prepare(assignment)

@@ -42,6 +42,10 @@ class Config(Options):
     def __post_init__(self) -> None:
         self.chosen_kinds()
 
+    @property
+    def parts(self) -> bool:
+        return False
+
     def chosen_kinds(self) -> tuple[Kind, ...]:
         """`kinds`, read. ValueError for what is none."""
         found = []

@@ -42,6 +42,7 @@ PLUGIN = Plugin(
     paper="arXiv 1710.06963",
     requires=("dp_accounting",),
     repeats=False,
+    hides=True,
 )
 
 

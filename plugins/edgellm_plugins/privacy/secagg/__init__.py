@@ -33,6 +33,7 @@ PLUGIN = Plugin(
     config=Config,
     paper="arXiv 1611.04482",
     requires=("cryptography",),
+    hides=True,
 )
 
 

@@ -27,6 +27,10 @@ class Config(Options):
     step: float = opt(0.05, "with zeroth: h, the finite-difference step", ge=1e-6, le=1)
     learning_rate: float = opt(2e-3, "eta, the peak step", ge=0)
 
+    @property
+    def parts(self) -> bool:
+        return self.gradient == "backprop"
+
 
 PLUGIN = Plugin(
     name="lora-fa",

@@ -128,7 +128,7 @@ def finetune(model: ModelHandle, data: Dataset, assignment: Assignment, config: 
     if config.gradient == "zeroth":
         slope = zeroth_slope(found, config, assignment.client, ctx)
     elif isinstance(found, Frozen):
-        slope = backprop.exact_slope(found, config.chunk)
+        slope = backprop.exact_slope(found, config.chunk, backprop.folded(assignment.arrays))
     if config.correction == "projection":
         slope = _corrected(slope, _correction(found, model, ctx))
     return backprop.work(slope, _cost(config), data, assignment, config, ctx, EPS)
