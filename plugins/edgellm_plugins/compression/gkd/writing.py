@@ -65,7 +65,7 @@ def write_merged(model: ModelHandle, target: Path) -> ModelHandle:
     inputs give equal bytes. ModelError when an adapter cannot be merged, StorageError when the disk says no."""
     stored = checkpoint.inspect(model.path).tensors
     tensors = {
-        name: torch.from_numpy(array).to(getattr(torch, checkpoint.DTYPES[stored[name].stored])).contiguous()
+        name: torch.tensor(array, dtype=getattr(torch, checkpoint.DTYPES[stored[name].stored]))
         for name, array in model.tensors()
     }
     with store.replacing(target) as temp:
