@@ -51,8 +51,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "jsd": {"divergence": "jsd", "beta": 0.5, "on_policy": 0.5},
 }
 PLAIN, OURS = ("sft", "kd"), ("reverse-kl", "jsd")
-SET = {"batch_size": 8, "max_length": 128, "new_tokens": 32, "rank": 16, "alpha": 32.0}
-ANSWER_WORDS, PROMPT_WORDS = 40, 60
+SET = {"batch_size": 4, "max_length": 96, "new_tokens": 24, "rank": 16, "alpha": 32.0}
+ANSWER_WORDS, PROMPT_WORDS = 24, 60
 TUNING_SEED = 100
 PART = 8  # pairs measured at once
 SCORES = {"loss": "nats/token", "Rouge-L": "", "KL on own text": "nats/token"}
@@ -232,12 +232,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--model", default="smollm2-135m", help="or tiny, to try the script")
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--teacher-steps", type=int, default=100)
-    parser.add_argument("--start-steps", type=int, default=50)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--teacher-steps", type=int, default=60)
+    parser.add_argument("--start-steps", type=int, default=30)
     parser.add_argument("--every", type=int, default=5, help="one layer in so many is dropped")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--held-out", type=int, default=64, help="pairs to choose rates on, and to report on")
+    parser.add_argument("--held-out", type=int, default=48, help="pairs to choose rates on, and to report on")
     parser.add_argument("--rates", default="0.0003,0.001", help="learning rates tried for each arm; one tunes nothing")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "gkd.json")

@@ -55,7 +55,7 @@ STAND_IN = "."
 
 @dataclass
 class Distillation:
-    """What is minimised at every step; `batch` is a `backprop.Batch`. `written` counts the steps on-policy."""
+    """What is minimised at every step; `batch` is a `backprop.Batch`."""
 
     frozen: Frozen
     teacher: LoadedModel | None
