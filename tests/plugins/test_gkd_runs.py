@@ -476,10 +476,13 @@ def test_killed_anywhere_it_continues_to_the_same_bytes(
     assert contents(tmp_path / "killed" / "model") == contents(tmp_path / "calm" / "model")
 
 
+@pytest.mark.llama
 def test_in_a_recipe_the_teacher_is_what_the_student_was_made_from(
     student: ModelHandle, teacher: ModelHandle, tmp_path: Path
 ) -> None:
-    """Two compressions made the student, so the first one's model teaches; then gptq works on the result."""
+    """Two compressions made the student, so the first one's model teaches; gptq quantises the result and the gate
+    finds that llama.cpp runs it."""
+    pytest.importorskip("llama_cpp")
     for name, source in (("first", teacher.path), ("second", tmp_path / "first")):
         shutil.copytree(student.path, tmp_path / name / "model")
         (tmp_path / name / "recipe.json").write_text(json.dumps({"verb": "compress", "model": str(source)}))
@@ -501,12 +504,17 @@ def test_in_a_recipe_the_teacher_is_what_the_student_was_made_from(
         verb = "compress"
         plugin = "gptq"
         options = {{ format = "q8_0", calibration_samples = 2, calibration_length = 32 }}
+
+        [[step]]
+        verb = "export"
+        plugin = "gguf"
         """
     )
-    gkd, gptq = edgellm.run(recipe, tmp_path / "out")
+    gkd, gptq, gguf = edgellm.run(recipe, tmp_path / "out")
     assert teacher.digest[:12] in gkd.report.notes[-1]
     assert len(gkd.report.curves["training loss over steps"]) == 2
     assert gptq.model is not None and gptq.model.dtype == "q8_0"
+    assert gguf.report.verified["passed"] is True
 
 
 def test_what_cannot_be_distilled_is_told_in_a_line(
