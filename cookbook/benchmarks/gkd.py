@@ -13,9 +13,9 @@ there. Each arm takes the same number of steps on the same minibatches with a Lo
 and its learning rate is the one of --rates that ends at the lowest loss on validation pairs, under a seed of its own.
 Measured on pairs that nobody trained on: loss a token, Rouge-L of greedy answers, and KL(teacher | student) a token on
 what the student writes at temperature 1. `against` holds each arm's differences to sft and kd: the mean over seeds of
-every held-out pair's difference, with a 95 % interval over pairs. Runs and rows are kept in --work: what is there is
-not done again. To try the script: `--model tiny --steps 2 --teacher-steps 2 --start-steps 2 --held-out 8 --seeds 1
---rates 0.001`.
+every held-out pair's difference, with a 95 % interval over pairs. Rows are kept in --work: what is there is not done
+again, and a run that was stopped goes on. To try the script: `--model tiny --steps 2 --teacher-steps 2 --start-steps 2
+--held-out 8 --seeds 1 --rates 0.001`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import argparse
 import json
 import shutil
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +126,11 @@ class Judge:
                 counts.append(len(wanted))
         return np.array(sums), np.array(counts)
 
+    def valid(self, student: Path) -> dict[str, Any]:
+        """The loss a token of a student on the validation pairs."""
+        sums, counts = self.loss(models.resolve(str(student)).load().model, "valid")
+        return {"loss": float(sums.sum() / counts.sum())}
+
     def row(self, student: Path) -> dict[str, Any]:
         """All figures of a student on the test pairs."""
         model, data = models.resolve(str(student)).load().model, self.parts["test"]
@@ -162,24 +167,18 @@ class Judge:
         return [model.lm_head(hidden[i, at]).float().log_softmax(1) for i, at in enumerate(places)]
 
 
-def measured(folder: Path, judge: Judge) -> dict[str, Any]:
-    """The row of a run, kept beside it."""
-    if not (folder / "row.json").is_file():
-        store.write_json(folder / "row.json", judge.row(folder))
-    row: dict[str, Any] = store.read_json(folder / "row.json")
-    return row
-
-
-def tuned(arm: str, rates: Sequence[float], run: Any, judge: Judge) -> tuple[float, dict[str, float]]:
-    """The rate that ends at the lowest validation loss, and the losses of all."""
-    found = {}
-    for rate in rates:
-        folder = run(arm, rate, TUNING_SEED)
-        if not (folder / "valid.json").is_file():
-            sums, counts = judge.loss(models.resolve(str(folder)).load().model, "valid")
-            store.write_json(folder / "valid.json", {"loss": float(sums.sum() / counts.sum())})
-        found[f"{rate:g}"] = store.read_json(folder / "valid.json")["loss"]
-    return min(rates, key=lambda rate: found[f"{rate:g}"]), found
+def measured(work: Path, name: str, train: Callable[[Path], Path], measure: Callable[[Path], Any]) -> Any:
+    """What is measured of the run `name`, from its row in `work` or now. A student's weights go when it is measured."""
+    row = work / "rows" / f"{name}.json"
+    if not row.is_file():
+        folder = train(work / name)
+        report = Report.read(folder)
+        told = {"seconds": report.wall_seconds, "peak_rss_bytes": report.peak_rss_bytes}
+        store.write_json(row, told | measure(folder))
+        if name not in ("teacher", "start"):
+            shutil.rmtree(folder / "model")
+        print(f"{name}: {told['seconds']:.0f} s", flush=True)
+    return store.read_json(row)
 
 
 def difference(one: Sequence[dict[str, Any]], other: Sequence[dict[str, Any]], name: str) -> dict[str, Any]:
@@ -244,7 +243,10 @@ def main() -> None:
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
     work, rates = asked.work, [float(rate) for rate in asked.rates.split(",")]
-    source = str(tiny_model().path) if asked.model == "tiny" else asked.model
+    source = asked.model
+    if source == "tiny":
+        source = str(work / "tiny")
+        shutil.copytree(tiny_model().path, source, dirs_exist_ok=True)
     data = work / "data"
     if not (data / "train.jsonl").is_file():
         write_data(data, asked.held_out)
@@ -253,23 +255,26 @@ def main() -> None:
     pruned = fewer_layers(source, work / "pruned", asked.every if asked.model != "tiny" else 2)
     start = trained(work / "start", pruned, data, 0, steps=asked.start_steps, **sft)
     judge = Judge(teacher, data)
-    told = {name: measured(folder, judge) for name, folder in (("teacher", teacher), ("start", start))}
+    told = {name: measured(work, name, lambda folder: folder, judge.row) for name in ("teacher", "start")}
     print({name: {s: row[s]["value"] for s in SCORES} for name, row in told.items()}, flush=True)
 
-    def run(arm: str, rate: float, seed: int) -> Path:
+    def run(arm: str, rate: float, seed: int, measure: Callable[[Path], Any]) -> Any:
         options = ARMS[arm] | {"teacher": str(teacher), "learning_rate": rate, "steps": asked.steps}
-        return trained(work / f"{arm}-{rate:g}-{seed}", start, data, seed, **options)
+        name = f"{arm}-{rate:g}-{seed}"
+        return measured(work, name, lambda folder: trained(folder, start, data, seed, **options), measure)
 
     rows: dict[str, list[dict[str, Any]]] = {}
     arms: dict[str, dict[str, Any]] = {}
     for arm in ARMS:
-        rate, tried = tuned(arm, rates, run, judge) if len(rates) > 1 else (rates[0], {})
-        folders = [run(arm, rate, seed) for seed in range(asked.seeds)]
-        rows[arm] = [measured(folder, judge) for folder in folders]
-        seconds = [Report.read(folder).wall_seconds for folder in folders]
-        arms[arm] = {"learning_rate": rate, "validation losses": tried, **summary(rows[arm]), "seconds": seconds,
-                     "peak_rss_bytes": max(Report.read(folder).peak_rss_bytes for folder in folders)}  # fmt: skip
-        print(arm, rate, {s: arms[arm][s]["mean"] for s in SCORES}, seconds, flush=True)
+        tried = {rate: run(arm, rate, TUNING_SEED, judge.valid)["loss"] for rate in rates if len(rates) > 1}
+        rate = min(tried, key=lambda rate: tried[rate]) if tried else rates[0]
+        rows[arm] = [run(arm, rate, seed, judge.row) for seed in range(asked.seeds)]
+        arms[arm] = {
+            "learning_rate": rate, "validation losses": {f"{r:g}": loss for r, loss in tried.items()},
+            **summary(rows[arm]), "seconds": [row["seconds"] for row in rows[arm]],
+            "peak_rss_bytes": max(row["peak_rss_bytes"] for row in rows[arm]),
+        }  # fmt: skip
+        print(arm, rate, {s: arms[arm][s]["mean"] for s in SCORES}, arms[arm]["seconds"], flush=True)
     against = {
         f"{arm} - {plain}": {name: difference(rows[arm], rows[plain], name) for name in SCORES}
         for plain in PLAIN
