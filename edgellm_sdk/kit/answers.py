@@ -1,4 +1,4 @@
-"""Greedy answers to a batch of prompts, with keys and values kept, for models that are perturbed while they run.
+"""Answers to a batch of prompts, with keys and values kept, for models that are perturbed while they run.
 
 Prompts are padded on the right, so reading them needs no mask. What is generated comes after the longest prompt in the
 cache; a mask hides the padding in between, and positions count on from each prompt's own end.
@@ -17,7 +17,7 @@ from edgellm_sdk.kit import prompts
 from edgellm_sdk.kit.scoring import AnswerKey
 
 Step = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(ids (R, 1), positions (R, 1), mask (R, tokens so far) of 0 and 1) -> the likeliest next ids (R,)."""
+"""(ids (R, 1), positions (R, 1), mask (R, tokens so far) of 0 and 1) -> the next ids (R,), likeliest or drawn."""
 
 
 @dataclass
@@ -61,7 +61,14 @@ def stop_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
 
 
 def greedy(first: Tensor, lengths: Tensor, stops: Sequence[int], new_tokens: int, step: Step) -> list[list[int]]:
-    """The ids of each answer, without the one that ended it; at most `new_tokens` of them.
+    """As `continued`, without the ids that ended the answers."""
+    ending = set(stops)
+    found = continued(first, lengths, stops, new_tokens, step)
+    return [row[:-1] if row[-1] in ending else row for row in found]
+
+
+def continued(first: Tensor, lengths: Tensor, stops: Sequence[int], new_tokens: int, step: Step) -> list[list[int]]:
+    """The ids of each answer up to and with the first of `stops`; at least one of them, at most `new_tokens`.
 
     `first` (R,) are the first ids, `lengths` (R,) those of the prompts, whose longest is what the cache holds so far.
     """
@@ -75,12 +82,12 @@ def greedy(first: Tensor, lengths: Tensor, stops: Sequence[int], new_tokens: int
         taken = len(found)
         found.append(step(found[-1][:, None], (lengths + taken - 1)[:, None], mask[:, : width + taken]))
         done = done | torch.isin(found[-1], ending)
-    return [_before_stop(row, set(stops)) for row in torch.stack(found, 1).tolist()]
+    return [_to_stop(row, set(stops)) for row in torch.stack(found, 1).tolist()]
 
 
-def _before_stop(tokens: list[int], stops: set[int]) -> list[int]:
+def _to_stop(tokens: list[int], stops: set[int]) -> list[int]:
     place = next((k for k, token in enumerate(tokens) if token in stops), len(tokens))
-    return tokens[:place]
+    return tokens[: place + 1]
 
 
 def decoded(tokenizer: Any, answers: Sequence[Sequence[int]]) -> list[str]:

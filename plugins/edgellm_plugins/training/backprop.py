@@ -41,6 +41,10 @@ Leaves: TypeAlias = dict[str, Tensor]
 """theta as autograd leaves, each (1, *shape) float32: what `Trainables.set` takes for one probe."""
 Slope: TypeAlias = Callable[[int, str, Callable[[], Dataset], Leaves], float]
 """(step number, name of a batch, its examples, leaves) -> loss there; sets every leaf's `.grad`."""
+Loss: TypeAlias = Callable[[Tensor], tuple[float, Tensor]]
+"""Normed hidden states at the scored positions (N, H) -> a loss there and its gradient by them, in their dtype."""
+Batch: TypeAlias = Callable[[int, str, Callable[[], Dataset]], tuple[Kept, Loss]]
+"""(step number, name of a batch, its examples) -> what is run and what is minimised on it, at the theta installed."""
 
 
 def frozen_base(
@@ -88,8 +92,8 @@ def chunked_cross_entropy(normed: Tensor, targets: Tensor, head: nn.Module, chun
     return total / len(targets), gradient.div_(len(targets))
 
 
-def backward(frozen: Frozen, kept: Kept, chunk: int) -> float:
-    """Mean cross-entropy per scored token of `kept` with the trainables now installed: nats.
+def backward(frozen: Frozen, kept: Kept, chunk: int, criterion: Loss | None = None) -> float:
+    """Mean cross-entropy per scored token of `kept` with the trainables now installed: nats; or any other `criterion`.
 
     Its gradient is added to `.grad` of those that are leaves. Equal to autograd through the whole model up to rounding.
     Nothing is kept of layers below the lowest with a leaf in it.
@@ -105,7 +109,10 @@ def backward(frozen: Frozen, kept: Kept, chunk: int) -> float:
             inputs.append(_output(layer, inputs[-1], keywords))
     hidden = inputs.pop().requires_grad_(bool(inputs))
     normed = frozen.model.model.norm(_scored(frozen, kept, hidden))
-    loss, gradient = chunked_cross_entropy(normed.detach(), kept.targets, frozen.model.lm_head, chunk)
+    if criterion is None:
+        loss, gradient = chunked_cross_entropy(normed.detach(), kept.targets, frozen.model.lm_head, chunk)
+    else:
+        loss, gradient = criterion(normed.detach())
     torch.autograd.backward(normed, gradient)
     del normed, gradient
     for layer, keywords in reversed(lower):
@@ -151,14 +158,20 @@ def folded(arrays: Arrays) -> dict[str, Tensor]:
     }
 
 
-def exact_slope(frozen: Frozen, chunk: int, beneath: Mapping[str, Tensor] | None = None) -> Slope:
-    """The `Slope` of back-propagation; `beneath` is what `folded` gives."""
+def exact_slope(
+    frozen: Frozen, chunk: int, beneath: Mapping[str, Tensor] | None = None, batch: Batch | None = None
+) -> Slope:
+    """The `Slope` of back-propagation; `beneath` is what `folded` gives, `batch` another loss than cross-entropy."""
 
     def slope(step: int, name: str, make: Callable[[], Dataset], leaves: Leaves) -> float:
         for leaf in leaves.values():  # before any activation: gradients made between them would pin the heap
             leaf.grad = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad.zero_()
         frozen.trainables.set({**leaves, **(beneath or {})})
-        return backward(frozen, frozen.batch(name, make), chunk)
+        if batch is None:
+            return backward(frozen, frozen.batch(name, make), chunk)
+        with torch.no_grad():
+            kept, criterion = batch(step, name, make)
+        return backward(frozen, kept, chunk, criterion)
 
     return slope
 
@@ -246,6 +259,29 @@ def minibatch(count: int, client: str, step: int, size: int, ctx: Context) -> tu
     return place, order[place * size : (place + 1) * size]
 
 
+def one_step(
+    slope: Slope,
+    rule: StepRule,
+    step: int,
+    rate: float,
+    client: str,
+    data: Dataset,
+    start: Arrays,
+    settings: Options,
+    ctx: Context,
+) -> float:
+    """Step number `step` of a client on its minibatch; the loss before it. `start` is theta as the client was sent
+    it."""
+    place, indices = minibatch(len(data), client, step, settings.batch_size, ctx)
+    loss = slope(step, f"{client}/{place}", lambda: data.select(indices), rule.leaves)
+    if ctx.drift is not None:
+        drift_apart(rule.leaves, start, ctx.drift)
+        ctx.drift.rates = rule.rates
+    clip(rule.leaves, settings.clip)
+    rule.step(rate)
+    return loss
+
+
 def work(
     slope: Slope,
     cost: int,
@@ -270,16 +306,11 @@ def work(
     rule = StepRule(leaves, settings.optimizer, settings.weight_decay, eps)
     first, losses = (assignment.round - 1) * settings.steps, []
     for step in range(first, first + settings.steps):
-        place, indices = minibatch(count, client, step, settings.batch_size, ctx)
-        losses.append(slope(step, f"{client}/{place}", lambda rows=indices: data.select(rows), leaves))  # type: ignore[misc]
+        at, total = (step - first, settings.steps) if fresh else (step, ctx.rounds * settings.steps)
+        rate = learning_rate(at, total, settings)
+        losses.append(one_step(slope, rule, step, rate, client, data, start, settings, ctx))
         if not math.isfinite(losses[-1]):
             raise FederationError("the training loss is not finite", client, "lower the learning rate")
-        if ctx.drift is not None:
-            drift_apart(leaves, start, ctx.drift)
-            ctx.drift.rates = rule.rates
-        clip(leaves, settings.clip)
-        at, total = (step - first, settings.steps) if fresh else (step, ctx.rounds * settings.steps)
-        rule.step(learning_rate(at, total, settings))
     found: dict[str, Array] = {name: leaf.detach()[0].cpu().numpy() for name, leaf in leaves.items()}
     if kind == "delta":
         found = {name: array - start[name] for name, array in found.items()}
