@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 import torch
 from edgellm_plugins.compression import layerwise
+from edgellm_plugins.compression.columnwise import TILE, inverse_factor, row_errors, sweep
 from edgellm_plugins.compression.gptq import Config, method
-from edgellm_plugins.compression.gptq.method import Gptq, inverse_factor, refit, row_errors, sweep
+from edgellm_plugins.compression.gptq.method import Gptq, refit
 from edgellm_plugins.compression.gptq.uniform import Uniform
 from edgellm_plugins.compression.layerwise import Group
 from torch import Tensor
@@ -284,7 +285,7 @@ def test_options_that_cannot_be_stored_are_refused() -> None:
         Gptq(Config()).solve(narrow)
     with pytest.raises(ModelError, match="40 is no multiple of 32"):
         Gptq(Config(format="int3")).solve(narrow)
-    assert method.TILE == 32
+    assert TILE == 32
 
 
 TEXT = "a small model learns on a small device from private messages, and classifies every one of them. "

@@ -18,17 +18,25 @@ Where we differ from the paper and its code, and why:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from edgellm_plugins.compression import layerwise
-from edgellm_plugins.compression.gptq import INTEGERS, Config, folder
+from edgellm_plugins.compression.columnwise import (
+    Grid,
+    Pruner,
+    Swept,
+    inverse_factor,
+    one_thread,
+    row_errors,
+    sweep,
+)
+from edgellm_plugins.compression.gptq import INTEGERS, PLUGIN, Config, folder
 from edgellm_plugins.compression.gptq.uniform import Uniform
+from edgellm_plugins.compression.stored import job_key, refuse_quantised
 from edgellm_sdk.errors import ModelError
 from edgellm_sdk.kit import blocks, gptq_format
 from edgellm_sdk.kit.blocks import Parameters
@@ -36,87 +44,6 @@ from edgellm_sdk.kit.blocks import Parameters
 if TYPE_CHECKING:
     from edgellm_sdk.context import Context
     from edgellm_sdk.types import Array, Arrays, Dataset, Float32, ModelHandle
-
-TILE = 32  # columns updated one by one; the rest of a block follows with one product
-
-
-class Grid(Protocol):
-    """What a group of `group` columns can be rounded to. Tensors (columns, rows); see `edgellm_sdk.kit.blocks`."""
-
-    group: int
-
-    def fit(self, columns: Tensor, omega: Tensor) -> Parameters: ...
-    def level(self, weights: Tensor, p: Parameters) -> Tensor: ...
-    def basis(self, levels: Tensor) -> Tensor: ...
-    def value(self, levels: Tensor, p: Parameters) -> Tensor: ...
-
-
-def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """(U, H + lambda I): U upper with (H + lambda I)^-1 = U^T U, lambda = `damping` x mean diagonal.
-
-    (c, c) -> two (c, c) in H's dtype. When H is not positive definite lambda is raised tenfold at a time; ModelError
-    when even ten times the mean diagonal does not help.
-    """
-    base = float(hessian.diagonal().mean())
-    fraction = damping
-    while True:
-        damped = hessian.double()
-        damped.diagonal().add_(fraction * base)
-        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
-        if not failed and torch.isfinite(lower).all():
-            break
-        fraction = max(10 * fraction, 1e-3)
-        if fraction > 10:
-            raise ModelError("the Hessian of a layer is not usable", fix="calibrate on more or other text")
-    # H reversed = L L^T, so H = R R^T with R = L reversed, upper; H^-1 = R^-T R^-1 and U = R^-1
-    identity = torch.eye(len(hessian), dtype=torch.float64)
-    factor = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
-    return factor.to(hessian.dtype), damped.to(hessian.dtype)
-
-
-@dataclass(frozen=True)
-class Swept:
-    """Levels (c, r), the parameters of every group and each row's sum of squared compensated errors, (r,)."""
-
-    levels: Tensor
-    parameters: list[Parameters]
-    loss: Tensor
-
-    def values(self, grid: Grid) -> Tensor:
-        """The quantised weights, (c, r)."""
-        parts = self.levels.split(grid.group)
-        return torch.cat([grid.value(part, p) for part, p in zip(parts, self.parameters, strict=True)])
-
-
-def sweep(weights: Tensor, factor: Tensor, grid: Grid, block: int) -> Swept:
-    """Algorithm 1 over all rows at once: weights (c, r) and U (c, c) of one dtype; the weights are not changed.
-
-    The lazy block is rounded up to whole groups. Σ loss = tr((W - Q) H (W - Q)^T) for the H behind U.
-    """
-    w, columns = weights.clone(), len(weights)
-    group = min(grid.group, columns)
-    block = math.ceil(block / group) * group
-    tile = math.gcd(group, TILE)
-    omega = factor.diagonal().pow(-2)
-    steps = factor.diagonal().tolist()
-    levels, loss = torch.empty_like(w), torch.zeros_like(w[0])
-    parameters: list[Parameters] = []
-    for start in range(0, columns, block):
-        stop = min(start + block, columns)
-        errors = torch.empty_like(w[start:stop])
-        for left in range(start, stop, tile):
-            right = min(left + tile, stop)
-            if left % group == 0:
-                parameters.append(p := grid.fit(w[left : left + group], omega[left : left + group]))
-            for j in range(left, right):
-                levels[j] = level = grid.level(w[j], p)
-                error = torch.sub(w[j], grid.value(level, p), out=errors[j - start]).div_(steps[j])
-                if j + 1 < right:
-                    w[j + 1 : right].addr_(factor[j, j + 1 : right], error, alpha=-1)
-            w[right:stop].addmm_(factor[left:right, right:stop].t(), errors[left - start : right - start], alpha=-1)
-        w[stop:].addmm_(factor[start:stop, stop:].t(), errors, alpha=-1)
-        loss += errors.square().sum(0)
-    return Swept(levels, parameters, loss)
 
 
 def refit(weights: Tensor, hessian: Tensor, swept: Swept, grid: Grid) -> Swept:
@@ -163,28 +90,16 @@ def refit(weights: Tensor, hessian: Tensor, swept: Swept, grid: Grid) -> Swept:
     return Swept(swept.levels, [p.where(better, q) for p, q in zip(fresh, swept.parameters, strict=True)], swept.loss)
 
 
-def row_errors(delta: Tensor, hessian: Tensor) -> Tensor:
-    """The layer objective per output: delta (c, r), H (c, c) -> (r,)."""
-    return (delta * (hessian @ delta)).sum(0)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Torch on one thread: a sweep is thousands of small operations, and sharing each out costs more than it saves, up
-    to a hundredfold on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 class Gptq:
-    """`layerwise.Method`: solve a group of linears, restore a weight from what was stored."""
+    """`layerwise.Method`: solve a group of linears, restore a weight from what was stored.
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
+    `pruning(group)` says which weights of a group become zero in the same sweep, or None.
+    """
+
+    def __init__(
+        self, config: Config, pruning: Callable[[layerwise.Group], Pruner | None] = lambda group: None
+    ) -> None:
+        self.config, self.pruning = config, pruning
         self.bits = INTEGERS.get(config.format)
 
     def grid(self, columns: int, search: bool) -> blocks.Lattice | Uniform:
@@ -205,9 +120,9 @@ class Gptq:
             order = hessian.diagonal().argsort(descending=True, stable=True)
             solvable, target = solvable[order][:, order].contiguous(), target[order]
         grid = self.grid(columns, self.config.search)
-        with _one_thread():
+        with one_thread():
             factor, damped = inverse_factor(solvable, self.config.damping)
-            swept = sweep(target, factor, grid, self.config.block)
+            swept = sweep(target, factor, grid, self.config.block, self.pruning(group))
             if self.config.refit:
                 swept = refit(target, damped, swept, grid)
         arrays: dict[str, Array] = {}
@@ -280,7 +195,7 @@ def compress(model: ModelHandle, data: Dataset | None, config: Config, ctx: Cont
     Adapters are merged in float32 first. ModelError for a model that is already quantised or has no blocks to walk,
     DataError for too little calibration text.
     """
-    folder.refuse_quantised(model)
+    refuse_quantised(model)
     loaded = model.load(dtype="float32", merge=True)
     if loaded.tokenizer is None:
         raise ModelError("has no tokenizer to calibrate with", str(model.path))
@@ -288,7 +203,7 @@ def compress(model: ModelHandle, data: Dataset | None, config: Config, ctx: Cont
         loaded.tokenizer, data, config.calibration_text, config.calibration_samples, config.calibration_length, ctx
     )
     method = Gptq(config)
-    key = folder.job_key(model, config, windows.numpy())
+    key = job_key(model, PLUGIN.version, config, windows.numpy())
     dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
     arrays, records = layerwise.walk(
         loaded.model, windows, method, ctx, title="gptq", key=key, dtype=dtype, sequential=config.sequential
