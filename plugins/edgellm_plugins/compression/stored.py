@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from edgellm_sdk import checkpoint
+from edgellm_sdk import checkpoint, store
 from edgellm_sdk.config import as_dict
 from edgellm_sdk.errors import ModelError
+from edgellm_sdk.models import resolve
 
 if TYPE_CHECKING:
-    from edgellm_sdk.types import Array, ModelHandle
+    from edgellm_sdk.context import Context
+    from edgellm_sdk.types import Array, Arrays, ModelHandle
 
 
 def refuse_quantised(model: ModelHandle) -> None:
@@ -51,3 +56,18 @@ def kept(source: Path, model: nn.Module, replaced: Collection[str] = ()) -> dict
             merged = state.get(name, stored)
             found[name] = merged.to(stored.dtype).contiguous() if merged.shape == stored.shape else stored
     return found
+
+
+@torch.no_grad()
+def write_plain(source: ModelHandle, model: nn.Module, arrays: Arrays, ctx: Context) -> ModelHandle:
+    """Write `ctx.folder / "model"`: the merged `model` with `arrays` (parameter name -> new value) in it, every tensor
+    in the dtype that the source stores it in. `model` takes the values. StorageError when the disk says no."""
+    for name, array in arrays.items():
+        model.get_parameter(name).copy_(torch.tensor(array))
+    target = ctx.folder / "model"
+    with store.replacing(target) as temp:
+        for name in checkpoint.SIDE_FILES:
+            if (source.path / name).is_file():
+                shutil.copyfile(source.path / name, temp / name)
+        save_file(kept(source.path, model), temp / "model.safetensors", metadata={"format": "pt"})
+    return resolve(str(target))
