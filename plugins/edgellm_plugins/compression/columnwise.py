@@ -39,7 +39,8 @@ class Grid(Protocol):
 class Pruner(Protocol):
     """Which weights become zero, chosen for `span` neighbouring columns at a time from their current values."""
 
-    span: int
+    @property
+    def span(self) -> int: ...
 
     def choose(self, columns: Tensor, omega: Tensor) -> Tensor:
         """columns (s, r), omega (s,), s = `span` or what is left at the end -> (s, r) bool, True where a weight goes.
