@@ -35,7 +35,7 @@ from edgellm_sdk.kit.whole import Whole
 from edgellm_sdk.types import Dataset, Example, ModelHandle, State
 
 FORMATS = tuple(blocks.FORMATS)
-REACH = {"q4_0": 8, "q4_1": 15, "q5_0": 16, "iq4_nl": 127, "q8_0": 128}
+REACH = {"q4_0": 8, "q4_1": 15, "q5_0": 16, "q5_1": 31, "iq4_nl": 127, "q8_0": 128}
 HAS_LLAMA = importlib.util.find_spec("llama_cpp") is not None
 
 

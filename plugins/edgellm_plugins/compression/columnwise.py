@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from edgellm_sdk.errors import ModelError
-from edgellm_sdk.kit.blocks import Parameters
+from edgellm_sdk.kit.blocks import Frame, Parameters
 
 TILE = 32  # columns updated one by one; the rest of a block follows with one product
 
@@ -29,8 +29,10 @@ class Grid(Protocol):
     """What a group of `group` columns can be rounded to. Tensors (columns, rows); see `edgellm_sdk.kit.blocks`."""
 
     group: int
+    span: int  # columns of a super-block, a multiple of `group`
 
-    def fit(self, columns: Tensor, omega: Tensor) -> Parameters: ...
+    def frame(self, columns: Tensor, omega: Tensor) -> Frame | None: ...
+    def fit(self, columns: Tensor, omega: Tensor, frame: Frame | None = None) -> Parameters: ...
     def level(self, weights: Tensor, p: Parameters) -> Tensor: ...
     def basis(self, levels: Tensor) -> Tensor: ...
     def value(self, levels: Tensor, p: Parameters) -> Tensor: ...
@@ -86,6 +88,17 @@ class Swept:
         parts = self.levels.split(grid.group)
         return torch.cat([grid.value(part, p) for part, p in zip(parts, self.parameters, strict=True)])
 
+    def rows(self, part: slice) -> Swept:
+        """The same for some of the rows."""
+        return Swept(self.levels[:, part], [p.rows(part) for p in self.parameters], self.loss[part])
+
+    @classmethod
+    def joined(cls, parts: list[Swept]) -> Swept:
+        """The inverse of `rows`."""
+        groups = zip(*(part.parameters for part in parts), strict=True)
+        levels, loss = torch.cat([part.levels for part in parts], 1), torch.cat([part.loss for part in parts])
+        return cls(levels, [Parameters.joined(list(group)) for group in groups], loss)
+
 
 def sweep(weights: Tensor, factor: Tensor, grid: Grid, block: int, pruner: Pruner | None = None) -> Swept:
     """Algorithm 1 over all rows at once: weights (c, r) and U (c, c) of one dtype; the weights are not changed.
@@ -95,9 +108,9 @@ def sweep(weights: Tensor, factor: Tensor, grid: Grid, block: int, pruner: Prune
     its group; where spans are shorter than the group, to what would be left as the weights stand at its start.
     """
     w, columns = weights.clone(), len(weights)
-    group = min(grid.group, columns)
+    group, wide = min(grid.group, columns), min(grid.span, columns)
     span = min(pruner.span, columns) if pruner else group
-    whole = math.lcm(group, span)
+    whole = math.lcm(wide, span)
     block = math.ceil(block / whole) * whole
     tile = math.gcd(group, TILE)
     tile = math.gcd(tile, span) if tile % span else tile  # a span begins a tile or lies in one
@@ -106,18 +119,26 @@ def sweep(weights: Tensor, factor: Tensor, grid: Grid, block: int, pruner: Prune
     steps = factor.diagonal().tolist()
     levels, loss = torch.empty_like(w), torch.zeros_like(w[0])
     parameters: list[Parameters] = []
+    frame: Frame | None = None
+
+    def left_of(first: int, count: int) -> Tensor:
+        """Columns as they are now, without what goes."""
+        current = w[first : first + count]
+        return current if gone is None else current.masked_fill(gone[first : first + count], 0)
+
     for start in range(0, columns, block):
         stop = min(start + block, columns)
         errors = torch.empty_like(w[start:stop])
         for left in range(start, stop, tile):
             right = min(left + tile, stop)
+            if pruner and gone is not None and left % group == 0:
+                ahead = min(left + (group if left % wide else wide), columns)
+                for k in range(math.ceil(left / span) * span, ahead, span):
+                    gone[k : k + span] = pruner.choose(w[k : k + span], omega[k : k + span])
+            if left % wide == 0:
+                frame = grid.frame(left_of(left, wide), omega[left : left + wide])
             if left % group == 0:
-                current = w[left : left + group]
-                if pruner and gone is not None:
-                    for k in range(math.ceil(left / span) * span, min(left + group, columns), span):
-                        gone[k : k + span] = pruner.choose(w[k : k + span], omega[k : k + span])
-                    current = current.masked_fill(gone[left : left + group], 0)
-                parameters.append(p := grid.fit(current, omega[left : left + group]))
+                parameters.append(p := grid.fit(left_of(left, group), omega[left : left + group], frame))
             for j in range(left, right):
                 column = w[j]
                 if pruner and gone is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,9 +40,11 @@ def described(config: Any) -> dict[str, Any]:
     return {key: Path(value).name if key == "calibration_text" else value for key, value in values.items()}
 
 
-def job_key(model: ModelHandle, version: str, config: Any, windows: Array) -> str:
-    """Identity of a job, for its checkpoints: the model, the plugin's version and options, every calibration token."""
-    text = json.dumps([model.digest, version, described(config)], sort_keys=True)
+def job_key(
+    model: ModelHandle, version: str, config: Any, windows: Array, plan: Mapping[str, str] | None = None
+) -> str:
+    """Identity of a job, for its checkpoints: model, version of the plugin, options, plan, every calibration token."""
+    text = json.dumps([model.digest, version, described(config), dict(plan or {})], sort_keys=True)
     return hashlib.sha256(text.encode() + windows.astype("<i8").tobytes()).hexdigest()
 
 

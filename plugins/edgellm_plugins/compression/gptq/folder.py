@@ -25,12 +25,15 @@ if TYPE_CHECKING:
     from edgellm_sdk.types import Arrays, ModelHandle
 
 
-def summarise(records: Sequence[Mapping[str, Any]], config: Config, ctx: Context) -> None:
+def summarise(records: Sequence[Mapping[str, Any]], fallen: Mapping[str, str], config: Config, ctx: Context) -> None:
     """The measured loss of every layer into `ctx.folder / "layers.json"`, two curves and a note."""
     for number, row in enumerate(records):
         ctx.curve("relative output error over layers, gptq", number, row["gptq"])
         ctx.curve("relative output error over layers, round to nearest", number, row["rtn"])
     store.write_json(ctx.folder / "layers.json", {"config": described(config), "layers": list(records)})
+    for change in sorted(set(fallen.values())):
+        count = sum(value == change for value in fallen.values())
+        ctx.note(f"{count} layers whose rows are no whole blocks: {change}")
     gptq, plain = (sum(row[key] for row in records) / len(records) for key in ("gptq", "rtn"))
     better = sum(row["gptq"] < row["rtn"] for row in records)
     ctx.note(
@@ -39,9 +42,16 @@ def summarise(records: Sequence[Mapping[str, Any]], config: Config, ctx: Context
     )
 
 
-def write(source: ModelHandle, model: nn.Module, arrays: Arrays, config: Config, ctx: Context) -> ModelHandle:
-    """Write `ctx.folder / "model"` from the merged float32 `model` and the quantised `arrays`; equal inputs give equal
-    bytes. StorageError when the disk says no."""
+def write(
+    source: ModelHandle,
+    model: nn.Module,
+    arrays: Arrays,
+    formats: Mapping[str, str],
+    config: Config,
+    ctx: Context,
+) -> ModelHandle:
+    """Write `ctx.folder / "model"` from the merged float32 `model` and the quantised `arrays`, whose blocks are of
+    `formats`; equal inputs give equal bytes. StorageError when the disk says no."""
     target = ctx.folder / "model"
     bits = INTEGERS.get(config.format)
     replaced = {name if bits is None else f"{name.removesuffix('.qweight')}.weight" for name in arrays}
@@ -61,7 +71,6 @@ def write(source: ModelHandle, model: nn.Module, arrays: Arrays, config: Config,
                 shutil.copyfile(source.path / name, temp / name)
         save_file(tensors, temp / "model.safetensors", metadata={"format": "pt"})
         if bits is None:
-            formats = dict.fromkeys(sorted(arrays), config.format)
-            store.save_arrays(temp / checkpoint.QUANTIZED, arrays, {"format": formats})
+            store.save_arrays(temp / checkpoint.QUANTIZED, arrays, {"format": {n: formats[n] for n in sorted(arrays)}})
         store.write_json(temp / checkpoint.CONFIG, settings)
     return resolve(str(target))

@@ -29,7 +29,7 @@ from edgellm_plugins.compression.gptq import folder
 from edgellm_plugins.compression.gptq.method import Gptq
 from edgellm_plugins.compression.sparsegpt import FLOAT, PLUGIN, Config
 from edgellm_plugins.compression.stored import write_plain
-from edgellm_sdk.kit.blocks import Parameters
+from edgellm_sdk.kit.blocks import Frame, Parameters
 
 if TYPE_CHECKING:
     from edgellm_sdk.context import Context
@@ -39,9 +39,12 @@ if TYPE_CHECKING:
 class Unrounded:
     """`columnwise.Grid` of all floats: only what a pruner chooses moves."""
 
-    group = TILE
+    group = span = TILE
 
-    def fit(self, columns: Tensor, omega: Tensor) -> Parameters:
+    def frame(self, columns: Tensor, omega: Tensor) -> Frame | None:
+        return None
+
+    def fit(self, columns: Tensor, omega: Tensor, frame: Frame | None = None) -> Parameters:
         return Parameters.of(torch.ones_like(columns[0]))
 
     def level(self, weights: Tensor, p: Parameters) -> Tensor:
@@ -75,7 +78,7 @@ class SparseGpt:
 
     def __init__(self, config: Config, stored: sparsity.Stored) -> None:
         self.config, self.stored = config, stored
-        self.gptq = None if config.format == FLOAT else Gptq(quantiser(config), self.pruner)
+        self.gptq = None if config.format == FLOAT else Gptq(quantiser(config), pruning=self.pruner)
 
     def pruner(self, group: layerwise.Group) -> sparsity.Cheapest | None:
         return sparsity.pruner(group, self.config, self.config.mask_block)
@@ -138,6 +141,6 @@ def compress(model: ModelHandle, data: Dataset | None, config: Config, ctx: Cont
     if method.gptq is None:
         handle = write_plain(model, loaded.model, arrays, ctx)
     else:
-        handle = folder.write(model, loaded.model, arrays, method.gptq.config, ctx)
+        handle = folder.write(model, loaded.model, arrays, method.gptq.formats, method.gptq.config, ctx)
     layerwise.forget(ctx, "sparsegpt")
     return handle

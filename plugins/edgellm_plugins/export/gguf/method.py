@@ -27,7 +27,10 @@ if TYPE_CHECKING:
     from edgellm_sdk.types import Array, Float32, ModelHandle
 
 QUANTISATION_VERSION = 2  # of ggml's block layouts
-FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "IQ4_NL": 25, "BF16": 32}
+FILE_TYPES = {
+    "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K": 12, "Q4_K": 15,
+    "Q5_K": 17, "Q6_K": 18, "IQ4_NL": 25, "IQ4_XS": 30, "BF16": 32,
+}  # fmt: skip
 ENDS = ("model.embed_tokens.weight", "lm_head.weight")
 ROWS_AT_ONCE = 4096
 
