@@ -158,7 +158,10 @@ def main() -> int:
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
     torch.manual_seed(0)
-    asked.work.mkdir(parents=True, exist_ok=True)
+    sizes = {name: getattr(asked, name) for name in ("steps", "chunks", "samples")}
+    if (asked.work / "sizes.json").is_file() and store.read_json(asked.work / "sizes.json") != sizes:
+        parser.error("--work holds rows of other --steps, --chunks or --samples")
+    store.write_json(asked.work / "sizes.json", sizes)
     prepared = Prepared(asked)
     rows: dict[str, dict[str, Any]] = {}
     for name in asked.rows.split("|"):

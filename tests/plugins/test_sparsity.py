@@ -594,7 +594,8 @@ def test_recipe_prune_quantise_export(tiny_llama: Path, text: Path, tmp_path: Pa
         if name == "sparse-file":
             assert ((values.reshape(len(values), -1, 4) == 0).sum(2) >= 2).all()
     sizes = [(tmp_path / "out" / f"{name}.gguf").stat().st_size for name in shares]
-    assert shares["sparse-file"] >= 0.5 and sizes[0] == sizes[1]  # same bytes, zeros or not
+    assert shares["sparse-file"] >= 0.5 > shares["file"] + 0.05  # a later step fills zeros again, as is told
+    assert "fills some of them again" in page and sizes[0] == sizes[1]  # same bytes, zeros or not
 
 
 def test_compress_reports_what_it_measured(tiny_llama: Path, tmp_path: Path) -> None:

@@ -136,7 +136,9 @@ def compress(model: ModelHandle, data: Dataset | None, config: Config, ctx: Cont
     loaded = sparsity.load(model, config)
     method = SparseGpt(config, sparsity.Stored(model.path))
     arrays, records = sparsity.walk(loaded, data, config, ctx, method, "sparsegpt", PLUGIN.version)
-    extra = "" if method.gptq is None else f"; the {config.format} file is small because of its format alone"
+    extra = f"; the {config.format} file is small because of its format alone"
+    if method.gptq is None:
+        extra = "; quantising later fills some of them again, --format here does not"
     sparsity.summarise("sparsegpt", records, model.parameters, config, ctx, extra)
     if method.gptq is None:
         handle = write_plain(model, loaded.model, arrays, ctx)
