@@ -61,7 +61,7 @@ def export(model: ModelHandle, target: Any, config: Config, ctx: Context) -> Art
         plan.append(Planned("rope_freqs.weight", factors.shape, "F32"))
     tokenizer, how = gguf_tokenizer.metadata(model, family.vocabulary)
     ctx.note(how)
-    metadata = _general(name, plan) | llama_family.metadata(family) | tokenizer
+    metadata = general(name, plan) | llama_family.metadata(family) | tokenizer
     with ctx.progress("writing GGUF", len(plan)) as progress:
 
         def data() -> Iterator[tuple[str, Array]]:
@@ -174,7 +174,7 @@ def _census(plan: Sequence[Planned]) -> dict[str, int]:
     return dict(counted)
 
 
-def _general(name: str, plan: Sequence[Planned]) -> dict[str, Value]:
+def general(name: str, plan: Sequence[Planned]) -> dict[str, Value]:
     """The `general.*` keys; the file type is the one most weights have."""
     weights: Counter[str] = Counter()
     for tensor in plan:
