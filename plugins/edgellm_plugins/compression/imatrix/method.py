@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from edgellm_plugins.compression import layerwise
+from edgellm_plugins.compression import layerwise, plain_folder
 from edgellm_plugins.compression.gptq.folder import refuse_quantised
 from edgellm_plugins.compression.imatrix import Config
 from edgellm_plugins.export import llama_family
@@ -87,22 +85,7 @@ def compress(model: ModelHandle, data: Dataset | None, config: Config, ctx: Cont
     source = text or (data.name if data is not None else "") or "data"
     target = ctx.folder / "model"
     with store.replacing(target) as temp:
-        _copy(model, loaded.model, temp)
+        plain_folder.copy(model, loaded.model, temp)
         write(Imatrix(temp / NAME, entries, (source,), len(windows), length))
     ctx.note(f"importance of {len(entries)} weights over {windows.numel():,} tokens of {source}")
     return resolve(str(target))
-
-
-def _copy(model: ModelHandle, merged: nn.Module, folder: Path) -> None:
-    """The weights in the dtypes they were stored in, adapters folded in, and everything beside them."""
-    found, state = checkpoint.inspect(model.path), merged.state_dict()
-    for name in checkpoint.SIDE_FILES:
-        if (model.path / name).is_file():
-            shutil.copyfile(model.path / name, folder / name)
-    dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-    tensors = {
-        name: state[name].to(dtypes[tensor.stored]).contiguous()
-        for name, tensor in found.tensors.items()
-        if name in state and tensor.stored in dtypes and not (found.tied and name == "lm_head.weight")
-    }
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
