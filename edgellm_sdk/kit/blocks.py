@@ -346,6 +346,20 @@ class Lattice:
         values = self.basis(levels) * p.scale
         return values if p.shift is None else values + p.shift
 
+    def rounded(self, columns: Tensor, omega: Tensor) -> Bytes:
+        """Every weight to its nearest level, scales searched with column j costing omega_j: columns (cols, r), omega
+        (cols,) -> (r, row bytes) uint8. ModelError when the columns are no whole blocks."""
+        import torch
+
+        self.format.row_bytes(len(columns))
+        levels, parameters = [], []
+        for block, cost in zip(columns.split(self.span), omega.split(self.span), strict=True):
+            frame = self.frame(block, cost)
+            for part, price in zip(block.split(self.group), cost.split(self.group), strict=True):
+                parameters.append(p := self.fit(part, price, frame))
+                levels.append(self.level(part, p))
+        return self.pack_all(torch.cat(levels), parameters)
+
     def pack_all(self, levels: Tensor, parameters: list[Parameters]) -> Bytes:
         """Block bytes: levels (cols, r) and the parameters of every group, all fp16-exact -> (r, row bytes) uint8."""
         import torch

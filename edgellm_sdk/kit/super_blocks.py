@@ -253,17 +253,8 @@ def nearest(weights: Float32, fmt: str) -> Bytes:
     bytes per row) uint8. ModelError for weights that are not finite or overflow fp16."""
     import torch
 
-    lattice = SuperLattice(fmt)
-    lattice.format.row_bytes(weights.shape[1])
     columns = torch.from_numpy(np.ascontiguousarray(weights, np.float32)).t().contiguous()
-    even = torch.ones(SUPER)
-    levels, parameters = [], []
-    for block in columns.split(SUPER):
-        frame = lattice.frame(block, even)
-        for part in block.split(lattice.group):
-            parameters.append(p := lattice.fit(part, even[: lattice.group], frame))
-            levels.append(lattice.level(part, p))
-    return lattice.pack_all(torch.cat(levels), parameters)
+    return SuperLattice(fmt).rounded(columns, torch.ones(len(columns)))
 
 
 class SuperLattice(Lattice):

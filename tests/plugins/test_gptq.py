@@ -269,10 +269,7 @@ def test_silent_inputs_and_rows_of_zeros(name: str) -> None:
     decoded = gptq.restore("a", arrays)
     assert torch.equal(hessian, before)
     assert np.isfinite(decoded).all() and not decoded[7].any()
-    if not blocks.FORMATS.get(name, blocks.FORMATS["q4_0"]).table and name not in (
-        "q4_1",
-        "q5_1",
-    ):  # their lattices have no exact 0
+    if name not in ("iq4_nl", "q4_1", "q5_1"):  # their lattices have no exact 0
         assert not decoded[:, 5].any()
 
 
