@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from edgellm_plugins.compression import plain_folder
 from edgellm_sdk import checkpoint, store
 from edgellm_sdk.config import as_dict
 from edgellm_sdk.errors import ModelError
@@ -68,8 +67,5 @@ def write_plain(source: ModelHandle, model: nn.Module, arrays: Arrays, ctx: Cont
         model.get_parameter(name).copy_(torch.tensor(array))
     target = ctx.folder / "model"
     with store.replacing(target) as temp:
-        for name in checkpoint.SIDE_FILES:
-            if (source.path / name).is_file():
-                shutil.copyfile(source.path / name, temp / name)
-        save_file(kept(source.path, model), temp / "model.safetensors", metadata={"format": "pt"})
+        plain_folder.copy(source, model, temp)
     return resolve(str(target))

@@ -26,8 +26,8 @@ from edgellm_plugins.compression import layerwise
 from edgellm_plugins.compression.auto_bits import PLUGIN, Config, size_in_bytes
 from edgellm_plugins.compression.auto_bits.plan import Choice, solve
 from edgellm_plugins.compression.gptq import Config as Gptq
-from edgellm_plugins.compression.gptq.folder import refuse_quantised
 from edgellm_plugins.compression.gptq.method import compress as quantise
+from edgellm_plugins.compression.stored import refuse_quantised
 from edgellm_plugins.export import gguf_size
 from edgellm_sdk import store
 from edgellm_sdk.config import as_dict

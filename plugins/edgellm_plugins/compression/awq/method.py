@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from edgellm_plugins.compression import layerwise, plain_folder
 from edgellm_plugins.compression.awq import PLUGIN, Config
-from edgellm_plugins.compression.gptq.folder import refuse_quantised
+from edgellm_plugins.compression.stored import refuse_quantised
 from edgellm_sdk import store
 from edgellm_sdk.config import as_dict
 from edgellm_sdk.errors import ModelError

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from edgellm_plugins.compression import layerwise, plain_folder
-from edgellm_plugins.compression.gptq.folder import refuse_quantised
 from edgellm_plugins.compression.imatrix import Config
+from edgellm_plugins.compression.stored import refuse_quantised
 from edgellm_plugins.export import llama_family
 from edgellm_plugins.export.imatrix import NAME, Entry, Imatrix, write
 from edgellm_sdk import checkpoint, store
