@@ -117,7 +117,8 @@ def sources_of(model: Any, tokens: Tensor) -> tuple[dict[str, str], dict[str, tu
             handle.remove()
     found, shared = {}, {}
     for norm, linears in readers.items():
-        wide = norm.weight.shape[-1] if isinstance(getattr(norm, "weight", None), Tensor) else -1  # type: ignore[union-attr]
+        weight = getattr(norm, "weight", None)
+        wide = len(weight) if isinstance(weight, Tensor) else -1
         if all(linear.in_features == wide for linear in linears):  # a norm of heads is read through a view
             found[names[linears[0]]] = names[norm]
     for name in list(names.values()):

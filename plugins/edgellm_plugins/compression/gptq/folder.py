@@ -36,8 +36,9 @@ def summarise(records: Sequence[Mapping[str, Any]], fallen: Mapping[str, str], c
         ctx.note(f"{count} layers whose rows are no whole blocks: {change}")
     gptq, plain = (sum(row[key] for row in records) / len(records) for key in ("gptq", "rtn"))
     better = sum(row["gptq"] < row["rtn"] for row in records)
+    formats = ", ".join(sorted({row["format"] for row in records}))
     ctx.note(
-        f"gptq {config.format}: mean relative output error {gptq:.5f}, round to nearest {plain:.5f}; "
+        f"gptq {formats}: mean relative output error {gptq:.5f}, round to nearest {plain:.5f}; "
         f"smaller in {better} of {len(records)} layers"
     )
 
