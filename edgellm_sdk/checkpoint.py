@@ -36,7 +36,11 @@ SIDE_FILES = (
     "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack")
-BLOCKS = {"q4_0": 18, "q4_1": 20, "q5_0": 22, "q5_1": 24, "q8_0": 34, "iq4_nl": 18}  # bytes for 32 weights
+BLOCKS = {  # weights in a block and its bytes
+    "q4_0": (32, 18), "q4_1": (32, 20), "q5_0": (32, 22), "q5_1": (32, 24), "q8_0": (32, 34), "iq4_nl": (32, 18),
+    "q2_k": (256, 84), "q3_k": (256, 110), "q4_k": (256, 144), "q5_k": (256, 176), "q6_k": (256, 210),
+    "iq4_xs": (256, 136),
+}  # fmt: skip
 MAX_JSON = 4 << 20
 MAX_CONFIG_NUMBER = 1 << 31
 _BYTES = {
@@ -279,10 +283,10 @@ def _quantized(path: Path) -> list[Tensor]:
         raise ModelError("does not say the format of each tensor", str(path)) from None
     found = []
     for name, entry in entries.items():
-        size = BLOCKS.get(kinds[name]) if isinstance(kinds[name], str) else None
-        if size is None or entry.dtype != "U8" or len(entry.shape) != 2 or entry.shape[1] % size:
+        width, size = BLOCKS.get(kinds[name], (0, 1)) if isinstance(kinds[name], str) else (0, 1)
+        if not width or entry.dtype != "U8" or len(entry.shape) != 2 or entry.shape[1] % size:
             raise ModelError(f"{name[:60]} does not hold blocks of {str(kinds[name])[:20]!r}", str(path))
-        found.append(Tensor(name, (entry.shape[0], entry.shape[1] // size * 32), kinds[name], (entry,)))
+        found.append(Tensor(name, (entry.shape[0], entry.shape[1] // size * width), kinds[name], (entry,)))
     return found
 
 

@@ -40,6 +40,9 @@ _NUMBERS = {
 _EXACT = {"F32": 1e-6, "F16": 1e-4, "BF16": 1e-4, "Q8_0": 2e-3, "Q5_0": 5e-3, "Q5_1": 5e-3, "Q4_0": 5e-3, "Q4_1": 5e-3}
 _LOSSY = {"Q6_K": 0.04, "Q5_K": 0.08, "Q4_K": 0.15, "IQ4_NL": 0.2, "IQ4_XS": 0.2, "Q3_K": 0.3, "Q2_K": 0.5}
 _LOSSIEST = 0.8
+# With an importance matrix the engine searches scales for these types too: their usual loss, twice.
+_WEIGHTED = {"Q8_0": 0.02, "Q5_0": 0.1, "Q5_1": 0.1, "Q4_0": 0.25, "Q4_1": 0.2}
+_IMATRIX = "quantize.imatrix.entries_count"
 
 
 def expected_facts(handle: ModelHandle) -> dict[str, Any]:
@@ -217,7 +220,8 @@ def compare_weights(handle: ModelHandle, file: GGUFFile) -> WeightReport | None:
         distance, exact = _distance(file, target, want)
         if not exact:
             rounded.add(info.type)
-        bound = _EXACT.get(info.type, _LOSSY.get(info.type, _LOSSIEST))
+        known = {**_EXACT, **_LOSSY, **(_WEIGHTED if _IMATRIX in file.metadata else {})}
+        bound = known.get(info.type, _LOSSIEST)
         if not distance / bound <= ratio:
             worst, ratio = f"{target} ({info.type}) is off by {distance:.2g}, bound {bound:g}", distance / bound
     extra = sorted(set(file.tensors) - seen - {"rope_freqs.weight"})

@@ -1,5 +1,7 @@
 """GGUF block formats that are 32 weights wide: bytes, decoding, the stock quantiser, and the search for a lattice.
 
+Those of 256 weights are in `super_blocks`; `decode`, `nearest`, `any_format` and `lattice` take the name of either.
+
 A weight row is cut into runs of 32 along the input dimension; a run stores one fp16 scale d (and one fp16 minimum m)
 and 32 small codes, so what a run can hold is a lattice `d * k (+ m)` with k an integer or an entry of a fixed table:
 
@@ -7,6 +9,7 @@ and 32 small codes, so what a run can hold is a lattice `d * k (+ m)` with k an 
     q4_0     18     4.5          d * (code - 8)               code 0..15
     q4_1     20     5.0          d * code + m                 code 0..15
     q5_0     22     5.5          d * (code - 16)              code 0..31
+    q5_1     24     6.0          d * code + m                 code 0..31
     iq4_nl   18     4.5          d * table[code]              code 0..15
     q8_0     34     8.5          d * code                     code -128..127
 
@@ -24,6 +27,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgellm_sdk.errors import ModelError
+from edgellm_sdk.kit.chosen import Frame as Frame
+from edgellm_sdk.kit.chosen import Parameters as Parameters
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -74,7 +79,7 @@ class BlockFormat:
         return row_bytes // self.bytes * self.width
 
 
-_NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+NONLINEAR = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 FORMATS = MappingProxyType(
     {
         f.name: f
@@ -82,7 +87,8 @@ FORMATS = MappingProxyType(
             BlockFormat("q4_0", "Q4_0", 2, 4, 18, 0, 15, 8),
             BlockFormat("q4_1", "Q4_1", 3, 4, 20, 0, 15, 0, minimum=True),
             BlockFormat("q5_0", "Q5_0", 6, 5, 22, 0, 31, 16),
-            BlockFormat("iq4_nl", "IQ4_NL", 20, 4, 18, 0, 15, 8, table=_NL),
+            BlockFormat("q5_1", "Q5_1", 7, 5, 24, 0, 31, 0, minimum=True),
+            BlockFormat("iq4_nl", "IQ4_NL", 20, 4, 18, 0, 15, 8, table=NONLINEAR),
             BlockFormat("q8_0", "Q8_0", 8, 8, 34, -128, 127, 0),
         )
     }
@@ -94,6 +100,24 @@ def block_format(name: str) -> BlockFormat:
     if name not in FORMATS:
         raise ModelError(f"unknown block format {name!r}", fix=f"known are {', '.join(FORMATS)}")
     return FORMATS[name]
+
+
+def any_format(name: str) -> BlockFormat:
+    """The format called `name`, 32 or 256 weights wide; ModelError for one we do not know."""
+    if name in FORMATS:
+        return FORMATS[name]
+    from edgellm_sdk.kit.super_blocks import super_format
+
+    return super_format(name)
+
+
+def lattice(name: str) -> Lattice:
+    """The lattice of a format, 32 or 256 weights wide."""
+    if any_format(name).width == WIDTH:
+        return Lattice(name)
+    from edgellm_sdk.kit.super_blocks import SuperLattice
+
+    return SuperLattice(name)
 
 
 def _midpoints(table: tuple[int, ...]) -> Float32:
@@ -153,6 +177,10 @@ def unpack(packed: Bytes, fmt: str) -> tuple[Codes, Half, Half | None]:
 
 def decode(packed: Bytes, fmt: str) -> Float32:
     """(rows, bytes per row) uint8 -> (rows, cols) float32, bit-equal to llama.cpp's own dequantisation."""
+    if fmt not in FORMATS:
+        from edgellm_sdk.kit import super_blocks
+
+        return super_blocks.decode(packed, fmt)
     f = block_format(fmt)
     codes, scales, mins = unpack(packed, fmt)
     rows, cols = codes.shape
@@ -167,7 +195,12 @@ def decode(packed: Bytes, fmt: str) -> Float32:
 def nearest(weights: Float32, fmt: str) -> Bytes:
     """Round to nearest as llama.cpp's reference quantisers do without importance matrix: (rows, cols) float32 ->
     (rows, bytes per row) uint8, byte-equal. The scale comes from the block alone and codes are chosen against its
-    float32 value, before it is stored as fp16. ModelError for weights that are not finite or overflow fp16."""
+    float32 value, before it is stored as fp16. ModelError for weights that are not finite or overflow fp16.
+    256-wide formats: see `super_blocks.nearest`."""
+    if fmt not in FORMATS:
+        from edgellm_sdk.kit import super_blocks
+
+        return super_blocks.nearest(weights, fmt)
     f = block_format(fmt)
     rows, cols = weights.shape
     f.row_bytes(cols)
@@ -223,33 +256,6 @@ def _nearest_table(x: Float32, f: BlockFormat) -> tuple[Float32, Any]:
     return np.where(alive, over / under, np.float32(0)), np.where(alive[:, :, None], codes, f.zero)
 
 
-@dataclass(frozen=True)
-class Parameters:
-    """A group's lattice for r rows: `scale`, its safe inverse (0 where the scale is 0), and for formats that have them
-    a `shift` (a stored minimum) or a `zero` (an integer zero point), each (r,).
-
-    They hold values that survive storage exactly, in the dtype that is computed with.
-    """
-
-    scale: Tensor
-    inverse: Tensor
-    shift: Tensor | None = None
-    zero: Tensor | None = None
-
-    @classmethod
-    def of(cls, scale: Tensor, shift: Tensor | None = None, zero: Tensor | None = None) -> Parameters:
-        import torch
-
-        return cls(scale, torch.where(scale == 0, torch.zeros_like(scale), scale.reciprocal()), shift, zero)
-
-    def where(self, mask: Tensor, other: Parameters) -> Parameters:
-        """These parameters for the rows in `mask`, (r,) bool, and those of `other` for the rest."""
-        shift = None
-        if self.shift is not None and other.shift is not None:
-            shift = self.shift.where(mask, other.shift)
-        return Parameters.of(self.scale.where(mask, other.scale), shift, self.zero)
-
-
 class Lattice:
     """Choosing a block's fp16 parameters for current weights, and rounding single columns onto what was chosen.
 
@@ -257,36 +263,49 @@ class Lattice:
     stored codes: `code = level + format.zero`, except for tables, where the level is the index itself.
     """
 
-    group = WIDTH
-
     def __init__(self, fmt: str) -> None:
+        self._prepare(block_format(fmt))
+
+    def _prepare(self, f: BlockFormat) -> None:
         import torch
 
-        self.format = f = block_format(fmt)
+        self.group = self.span = f.width
+        self.format = f
         self.low, self.high = (0, f.high) if f.table else (max(f.low, -127) - f.zero, f.high - f.zero)
         self._table = torch.tensor(f.table, dtype=torch.float64)
         self._middles = (self._table[1:] + self._table[:-1]) / 2
         outermost = f.table[0] if f.table else -f.zero
         steps = sorted(range(-9, 10), key=abs)
         self._ends = [127.0] if f.bits == 8 else [outermost * (1 + 0.03 * t) for t in steps]
-        self._shrinks = sorted(((a / 25, b / 25) for a in range(6) for b in range(6)), key=sum)
+        finest = 25 if f.high > 3 else 12  # two bits gain from cutting more off
+        self._shrinks = sorted(((a / finest, b / finest) for a in range(6) for b in range(6)), key=sum)
 
-    def fit(self, columns: Tensor, omega: Tensor) -> Parameters:
+    def frame(self, columns: Tensor, omega: Tensor) -> Frame | None:
+        """What groups of one super-block share; None for formats without. columns (span, r), omega (span,)."""
+        return None
+
+    def fit(self, columns: Tensor, omega: Tensor, frame: Frame | None = None) -> Parameters:
         """The candidate with the least sum of omega * (rounded - weight)^2, per row.
 
         columns (32, r), omega (32,) of one dtype -> parameters (r,). The candidates map the signed element of largest
         magnitude onto the outermost level (-8, -16, -127) times 1 + 0.03 t, t = -9..9, or onto 127 for q8_0; for q4_1
-        they shrink the range (min, max) from either end in steps of 4 %. (llama.cpp searches as many candidates with
-        an importance matrix, but within 11, 6 and 6 %; the wider net cut q4_0 and iq4_nl errors by 5 to 9 %.) Ties
-        go to the plainest. ModelError when no candidate fits fp16. A block of zeros gets d = 0.
+        and q5_1 they shrink the range (min, max) from either end in steps of 4 %. (llama.cpp searches as many
+        candidates with an importance matrix, but within 11, 6 and 6 %; the wider net cut q4_0 and iq4_nl errors by 5
+        to 9 %.) Ties go to the plainest. ModelError when no candidate fits fp16. A block of zeros gets d = 0.
         """
+        return Parameters.of(*self._search(columns, omega[:, None], self._candidates(columns)))
+
+    def _search(
+        self, columns: Tensor, omega: Tensor, candidates: list[tuple[Tensor, Tensor | None]]
+    ) -> tuple[Tensor, Tensor | None]:
+        """The best (scale, shift) for each of r rows: columns (group, r), omega (group, r or 1) -> (r,), (r,)."""
         import torch
 
         best = torch.full_like(columns[0], torch.inf)
         scale, shift = torch.zeros_like(best), torch.zeros_like(best)
-        for candidate_scale, candidate_shift in self._candidates(columns):
+        for candidate_scale, candidate_shift in candidates:
             p = Parameters.of(candidate_scale, candidate_shift)
-            error = omega @ (self.value(self.level(columns, p), p) - columns).square_()
+            error = (self.value(self.level(columns, p), p).sub_(columns).square_().mul_(omega)).sum(0)
             better = error < best
             best = torch.where(better, error, best)
             scale = torch.where(better, candidate_scale, scale)
@@ -294,7 +313,7 @@ class Lattice:
                 shift = torch.where(better, candidate_shift, shift)
         if not torch.isfinite(best).all():
             raise ModelError("weights too large for an fp16 scale, or not finite", self.format.name)
-        return Parameters.of(scale, shift if self.format.minimum else None)
+        return scale, shift if self.format.minimum else None
 
     def _candidates(self, columns: Tensor) -> list[tuple[Tensor, Tensor | None]]:
         def stored(values: Tensor) -> Tensor:
@@ -326,6 +345,27 @@ class Lattice:
         """The weight that a level stands for; bit-equal to `decode` in float32."""
         values = self.basis(levels) * p.scale
         return values if p.shift is None else values + p.shift
+
+    def rounded(self, columns: Tensor, omega: Tensor) -> Bytes:
+        """Every weight to its nearest level, scales searched with column j costing omega_j: columns (cols, r), omega
+        (cols,) -> (r, row bytes) uint8. ModelError when the columns are no whole blocks."""
+        import torch
+
+        self.format.row_bytes(len(columns))
+        levels, parameters = [], []
+        for block, cost in zip(columns.split(self.span), omega.split(self.span), strict=True):
+            frame = self.frame(block, cost)
+            for part, price in zip(block.split(self.group), cost.split(self.group), strict=True):
+                parameters.append(p := self.fit(part, price, frame))
+                levels.append(self.level(part, p))
+        return self.pack_all(torch.cat(levels), parameters)
+
+    def pack_all(self, levels: Tensor, parameters: list[Parameters]) -> Bytes:
+        """Block bytes: levels (cols, r) and the parameters of every group, all fp16-exact -> (r, row bytes) uint8."""
+        import torch
+
+        shifts = [p.shift for p in parameters if p.shift is not None]
+        return self.pack(levels, torch.stack([p.scale for p in parameters]), torch.stack(shifts) if shifts else None)
 
     def pack(self, levels: Tensor, scales: Tensor, shifts: Tensor | None) -> Bytes:
         """Block bytes: levels (cols, r), scales and shifts (cols / 32, r), all fp16-exact -> (r, row bytes) uint8."""

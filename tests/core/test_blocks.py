@@ -76,7 +76,7 @@ def test_a_block_worked_by_hand() -> None:
     assert blocks.decode(packed, "q4_0")[0, [0, 1, 16, 2]].tolist() == [-4.0, 3.5, 2.0, 0.0]
 
 
-@pytest.mark.parametrize("fmt", ["q4_0", "q4_1", "q5_0", "q8_0"])
+@pytest.mark.parametrize("fmt", ["q4_0", "q4_1", "q5_0", "q5_1", "q8_0"])
 def test_nearest_equals_the_gguf_package(fmt: str) -> None:
     from gguf import GGMLQuantizationType, quants
 
@@ -86,7 +86,7 @@ def test_nearest_equals_the_gguf_package(fmt: str) -> None:
 
 
 @pytest.mark.llama
-@pytest.mark.parametrize("fmt", ["q4_0", "q4_1", "q5_0", "q8_0", "iq4_nl"])
+@pytest.mark.parametrize("fmt", ["q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "iq4_nl"])
 def test_nearest_is_byte_equal_to_llama_cpp(fmt: str) -> None:
     llama_cpp = pytest.importorskip("llama_cpp")
     library = next((Path(llama_cpp.__file__).parent / "lib").glob("libggml-base.*"))
@@ -165,5 +165,5 @@ def test_shapes_that_are_no_blocks_are_refused() -> None:
 
 def test_widths_and_names() -> None:
     assert [(f.name, f.bits_per_weight) for f in blocks.FORMATS.values()] == [
-        ("q4_0", 4.5), ("q4_1", 5.0), ("q5_0", 5.5), ("iq4_nl", 4.5), ("q8_0", 8.5)
+        ("q4_0", 4.5), ("q4_1", 5.0), ("q5_0", 5.5), ("q5_1", 6.0), ("iq4_nl", 4.5), ("q8_0", 8.5)
     ]  # fmt: skip

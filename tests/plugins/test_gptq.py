@@ -15,8 +15,10 @@ import numpy as np
 import pytest
 import torch
 from edgellm_plugins.compression import layerwise
+from edgellm_plugins.compression.columnwise import TILE, inverse_factor, row_errors, sweep
 from edgellm_plugins.compression.gptq import Config, method
-from edgellm_plugins.compression.gptq.method import Gptq, inverse_factor, refit, row_errors, sweep
+from edgellm_plugins.compression.gptq.method import Gptq
+from edgellm_plugins.compression.gptq.refit import descend, refit
 from edgellm_plugins.compression.gptq.uniform import Uniform
 from edgellm_plugins.compression.layerwise import Group
 from torch import Tensor
@@ -47,9 +49,12 @@ class Fixed:
     """One scale for everything, so that no group reads current values."""
 
     def __init__(self, columns: int, step: float = 0.05) -> None:
-        self.group, self.step = columns, step
+        self.group, self.span, self.step = columns, columns, step
 
-    def fit(self, columns: Tensor, omega: Tensor) -> Parameters:
+    def frame(self, columns: Tensor, omega: Tensor) -> None:
+        return None
+
+    def fit(self, columns: Tensor, omega: Tensor, frame: Any = None) -> Parameters:
         return Parameters.of(torch.full_like(columns[0], self.step))
 
     def level(self, weights: Tensor, p: Parameters) -> Tensor:
@@ -67,8 +72,12 @@ class Stale:
 
     def __init__(self, grid: Lattice | Uniform, original: Tensor, block: int) -> None:
         self.inner, self.group, self.original, self.at, self.block = grid, grid.group, original, 0, block
+        self.span = grid.span
 
-    def fit(self, columns: Tensor, omega: Tensor) -> Parameters:
+    def frame(self, columns: Tensor, omega: Tensor) -> None:
+        return None
+
+    def fit(self, columns: Tensor, omega: Tensor, frame: Any = None) -> Parameters:
         """The first group of a lazy block is current in that code as well."""
         first = self.at % self.block == 0
         read = columns if first else self.original[self.at : self.at + len(columns)]
@@ -225,7 +234,10 @@ def test_what_is_stored_decodes_to_what_was_chosen(name: str) -> None:
     arrays = gptq.solve(Group(0, ("a", "b"), parts, hessian, 384)).arrays
     factor, damped = inverse_factor(hessian, config.damping)
     grid = gptq.grid(96, True)
-    values = refit(weights, damped, sweep(weights, factor, grid, 128), grid).values(grid)
+    swept = refit(weights, damped, sweep(weights, factor, grid, 128), grid)
+    for _ in range(config.passes):
+        swept = refit(weights, damped, descend(weights, damped, swept, grid), grid)
+    values = swept.values(grid)
     stored = np.concatenate([gptq.restore("a", arrays), gptq.restore("b", arrays)])
     assert np.array_equal(stored, values.t().numpy())
     if name in BLOCK_FORMATS:
@@ -257,7 +269,7 @@ def test_silent_inputs_and_rows_of_zeros(name: str) -> None:
     decoded = gptq.restore("a", arrays)
     assert torch.equal(hessian, before)
     assert np.isfinite(decoded).all() and not decoded[7].any()
-    if not blocks.FORMATS.get(name, blocks.FORMATS["q4_0"]).table and name != "q4_1":  # their lattices have no exact 0
+    if name not in ("iq4_nl", "q4_1", "q5_1"):  # their lattices have no exact 0
         assert not decoded[:, 5].any()
 
 
@@ -284,7 +296,7 @@ def test_options_that_cannot_be_stored_are_refused() -> None:
         Gptq(Config()).solve(narrow)
     with pytest.raises(ModelError, match="40 is no multiple of 32"):
         Gptq(Config(format="int3")).solve(narrow)
-    assert method.TILE == 32
+    assert TILE == 32
 
 
 TEXT = "a small model learns on a small device from private messages, and classifies every one of them. "

@@ -35,7 +35,7 @@ from edgellm_sdk.kit.whole import Whole
 from edgellm_sdk.types import Dataset, Example, ModelHandle, State
 
 FORMATS = tuple(blocks.FORMATS)
-REACH = {"q4_0": 8, "q4_1": 15, "q5_0": 16, "iq4_nl": 127, "q8_0": 128}
+REACH = {"q4_0": 8, "q4_1": 15, "q5_0": 16, "q5_1": 31, "iq4_nl": 127, "q8_0": 128}
 HAS_LLAMA = importlib.util.find_spec("llama_cpp") is not None
 
 
@@ -454,13 +454,13 @@ def test_what_has_no_trainable_scales_is_refused(
     with pytest.raises(ModelError, match="only its embedding or output head"):
         METHOD.initialise(ends, config(), context(tmp_path))
     odd = quantise(tiny_llama, tmp_path / "odd", "q8_0")
-    raw = np.zeros((64, 2 * 24), np.uint8)
+    raw = np.zeros((64, 144), np.uint8)
     name = "model.layers.0.self_attn.q_proj.weight"
     arrays = {n: a for n, (_, a) in stored(odd).items()} | {name: raw}
     store.save_arrays(
-        odd.path / checkpoint.QUANTIZED, arrays, {"format": dict.fromkeys(arrays, "q8_0") | {name: "q5_1"}}
+        odd.path / checkpoint.QUANTIZED, arrays, {"format": dict.fromkeys(arrays, "q8_0") | {name: "q4_k"}}
     )
-    with pytest.raises(ModelError, match="q_proj.weight is q5_1, whose scales cannot train"):
+    with pytest.raises(ModelError, match="q_proj.weight is q4_k, whose scales cannot train"):
         METHOD.initialise(models.resolve(str(odd.path)), config(), context(tmp_path))
 
 

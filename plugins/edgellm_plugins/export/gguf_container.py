@@ -91,6 +91,11 @@ def _header(metadata: Mapping[str, Value], plan: Sequence[Planned]) -> tuple[byt
     return header, {name: len(header) + place for name, place in offsets.items()}, len(header) + offset
 
 
+def size(metadata: Mapping[str, Value], plan: Sequence[Planned]) -> int:
+    """Bytes of the file that `write` would write."""
+    return _header(metadata, plan)[2]
+
+
 def write(
     target: Path, metadata: Mapping[str, Value], plan: Sequence[Planned], data: Iterable[tuple[str, Array]]
 ) -> dict[str, Any]:
@@ -99,7 +104,7 @@ def write(
     `data` yields (name, array in storage form: the planned type's own dtype, or uint8 blocks), in any order, each
     planned tensor once. ModelError when a tensor is missing, surplus or of the wrong size, or does not read back.
     """
-    header, offsets, size = _header(metadata, plan)
+    header, offsets, whole = _header(metadata, plan)
     planned = {tensor.name: tensor for tensor in plan}
     digests: dict[str, str] = {}
     staged = target.parent / f".{target.name[:80]}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
@@ -118,7 +123,7 @@ def write(
             missing = sorted(planned.keys() - digests.keys())
             if missing:
                 raise ModelError(f"the model lacks {len(missing)} tensors, first the one for {missing[0]!r}")
-            file.truncate(size)
+            file.truncate(whole)
         facts = _read_back(staged, metadata, plan, digests)
         try:
             staged.replace(target)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from edgellm_sdk.config import opt
 from edgellm_sdk.hookspecs import hookimpl
+from edgellm_sdk.kit.overrides import parse
 from edgellm_sdk.registry import Plugin
 
 if TYPE_CHECKING:
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from edgellm_sdk.types import Dataset, ModelHandle
 
 INTEGERS = {"int2": 2, "int3": 3, "int4": 4, "int8": 8}
+BLOCKS = (
+    "q4_0", "iq4_nl", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_xs",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -25,23 +29,36 @@ class Config:
     format: str = opt(
         "q4_0",
         "what the device will run: llama.cpp blocks, or intN for a GPTQ safetensors checkpoint",
-        choices=("q4_0", "iq4_nl", "q4_1", "q5_0", "q8_0", *INTEGERS),
+        choices=(*BLOCKS, *INTEGERS),
+    )
+    formats: str = opt("", "other blocks for some layers: PATTERN=FORMAT,... with parts of names or globs")
+    embedding: str = opt(
+        "keep", "blocks for token embedding and output head; keep leaves them to the export", choices=("keep", *BLOCKS)
     )
     calibration_samples: int = opt(16, "windows of text to calibrate on", ge=1, le=4096)
     calibration_length: int = opt(512, "length of a window", unit="tokens", ge=16, le=32768)
     calibration_text: str = opt("", "text file to calibrate on; empty: the data of the run")
     sequential: bool = opt(True, "calibrate each layer on what the quantised layers before it put out")
-    damping: float = opt(0.01, "added to the Hessian's diagonal, as a fraction of its mean", ge=0, le=1)
+    damping: float = opt(
+        0.1, "added to the Hessian's diagonal, as a fraction of its mean; the paper's 0.01 overfits little text",
+        ge=0, le=1,
+    )  # fmt: skip
     block: int = opt(128, "columns between two updates of the rest of the matrix", ge=1, le=4096)
     search: bool = opt(True, "intN: search each group's clipping range; off: the paper's min-max")
     refit: bool = opt(True, "refit a row's scales jointly once its codes are fixed")
+    passes: int = opt(
+        4, "passes that set each code anew, given all others, and refit the scales; 0: the paper", ge=0, le=100
+    )
     group_size: int = opt(64, "intN: weights that share a scale, 0 for a whole row (blocks: always 32)", ge=0, le=65536)
     symmetric: bool = opt(True, "intN: grid around zero, without zero points of its own (blocks: by format)")
     act_order: bool = opt(False, "intN: quantise the columns with the largest activations first")
     dtype: str = opt("float32", "precision of the calibration forwards", choices=("float32", "bfloat16"))
 
     def __post_init__(self) -> None:
+        parse(self.formats, BLOCKS, "formats")
         if self.format in INTEGERS:
+            if self.formats or self.embedding != "keep":
+                raise ValueError(f"formats: a checkpoint of {self.format} weights holds no blocks beside them")
             if self.group_size and self.group_size % 8:
                 raise ValueError("group-size: must be a multiple of 8, or 0 for whole rows")
         elif self.act_order:
@@ -54,7 +71,7 @@ class Config:
 PLUGIN = Plugin(
     name="gptq",
     summary="quantise layer by layer, compensating each rounding error in the weights not yet rounded",
-    version="0.1.0",
+    version="0.2.0",
     config=Config,
     paper="GPTQ/OPTQ, arXiv 2210.17323",
     aliases=("optq",),

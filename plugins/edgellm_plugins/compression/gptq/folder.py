@@ -7,84 +7,56 @@ checkpoint, `model.safetensors` with qweight, qzeros, scales and g_idx, and `qua
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 from edgellm_plugins.compression.gptq import INTEGERS, PLUGIN, Config
+from edgellm_plugins.compression.stored import described, kept
 from edgellm_sdk import checkpoint, store
-from edgellm_sdk.config import as_dict
-from edgellm_sdk.errors import ModelError
 from edgellm_sdk.models import resolve
 
 if TYPE_CHECKING:
     from edgellm_sdk.context import Context
-    from edgellm_sdk.types import Array, Arrays, ModelHandle
+    from edgellm_sdk.types import Arrays, ModelHandle
 
 
-def refuse_quantised(model: ModelHandle) -> None:
-    """ModelError when there is nothing left to quantise: a GGUF file or a folder that is already compressed."""
-    fix = "compress the model it was made from"
-    if model.format != "hf":
-        raise ModelError("a GGUF file cannot be compressed again", str(model.path), fix)
-    stored = {tensor.stored for tensor in checkpoint.inspect(model.path).tensors.values()}
-    if stored & {*checkpoint.BLOCKS, "gptq"}:
-        raise ModelError("already quantised", str(model.path), fix)
-
-
-def described(config: Config) -> dict[str, Any]:
-    """The options that shape the result; a text file is named without its folder."""
-    values = as_dict(config)
-    return {**values, "calibration_text": Path(values["calibration_text"]).name}
-
-
-def job_key(model: ModelHandle, config: Config, windows: Array) -> str:
-    """Identity of a job, for its checkpoints: the model, the options and every calibration token."""
-    text = json.dumps([model.digest, PLUGIN.version, described(config)], sort_keys=True)
-    return hashlib.sha256(text.encode() + windows.astype("<i8").tobytes()).hexdigest()
-
-
-def summarise(records: Sequence[Mapping[str, Any]], config: Config, ctx: Context) -> None:
+def summarise(records: Sequence[Mapping[str, Any]], fallen: Mapping[str, str], config: Config, ctx: Context) -> None:
     """The measured loss of every layer into `ctx.folder / "layers.json"`, two curves and a note."""
     for number, row in enumerate(records):
         ctx.curve("relative output error over layers, gptq", number, row["gptq"])
         ctx.curve("relative output error over layers, round to nearest", number, row["rtn"])
     store.write_json(ctx.folder / "layers.json", {"config": described(config), "layers": list(records)})
+    for change in sorted(set(fallen.values())):
+        count = sum(value == change for value in fallen.values())
+        ctx.note(f"{count} layers whose rows are no whole blocks: {change}")
     gptq, plain = (sum(row[key] for row in records) / len(records) for key in ("gptq", "rtn"))
     better = sum(row["gptq"] < row["rtn"] for row in records)
+    formats = ", ".join(sorted({row["format"] for row in records}))
     ctx.note(
-        f"gptq {config.format}: mean relative output error {gptq:.5f}, round to nearest {plain:.5f}; "
+        f"gptq {formats}: mean relative output error {gptq:.5f}, round to nearest {plain:.5f}; "
         f"smaller in {better} of {len(records)} layers"
     )
 
 
-def _kept(source: Path, model: nn.Module, quantised: set[str]) -> dict[str, Tensor]:
-    """The source's tensors that are not quantised, merged values in the dtype each was stored in."""
-    state, kept = model.state_dict(), {}
-    for name, tensor in checkpoint.inspect(source).tensors.items():
-        if name not in quantised:
-            with safe_open(tensor.parts[0].path, framework="pt") as file:
-                stored = file.get_tensor(name)
-            merged = state.get(name, stored)
-            kept[name] = merged.to(stored.dtype).contiguous() if merged.shape == stored.shape else stored
-    return kept
-
-
-def write(source: ModelHandle, model: nn.Module, arrays: Arrays, config: Config, ctx: Context) -> ModelHandle:
-    """Write `ctx.folder / "model"` from the merged float32 `model` and the quantised `arrays`; equal inputs give equal
-    bytes. StorageError when the disk says no."""
+def write(
+    source: ModelHandle,
+    model: nn.Module,
+    arrays: Arrays,
+    formats: Mapping[str, str],
+    config: Config,
+    ctx: Context,
+) -> ModelHandle:
+    """Write `ctx.folder / "model"` from the merged float32 `model` and the quantised `arrays`, whose blocks are of
+    `formats`; equal inputs give equal bytes. StorageError when the disk says no."""
     target = ctx.folder / "model"
     bits = INTEGERS.get(config.format)
     replaced = {name if bits is None else f"{name.removesuffix('.qweight')}.weight" for name in arrays}
-    tensors = _kept(source.path, model, replaced)
+    tensors = kept(source.path, model, replaced)
     settings = store.read_json(source.path / checkpoint.CONFIG)
     if bits is not None:
         tensors.update({name: torch.from_numpy(array.copy()) for name, array in arrays.items()})
@@ -100,7 +72,6 @@ def write(source: ModelHandle, model: nn.Module, arrays: Arrays, config: Config,
                 shutil.copyfile(source.path / name, temp / name)
         save_file(tensors, temp / "model.safetensors", metadata={"format": "pt"})
         if bits is None:
-            formats = dict.fromkeys(sorted(arrays), config.format)
-            store.save_arrays(temp / checkpoint.QUANTIZED, arrays, {"format": formats})
+            store.save_arrays(temp / checkpoint.QUANTIZED, arrays, {"format": {n: formats[n] for n in sorted(arrays)}})
         store.write_json(temp / checkpoint.CONFIG, settings)
     return resolve(str(target))

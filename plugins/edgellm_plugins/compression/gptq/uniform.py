@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from edgellm_sdk.errors import ModelError
-from edgellm_sdk.kit.blocks import Parameters
+from edgellm_sdk.kit.blocks import Frame, Parameters
 
 
 class Uniform:
@@ -17,10 +17,14 @@ class Uniform:
     """
 
     def __init__(self, bits: int, symmetric: bool, group: int, search: bool) -> None:
-        self.top, self.symmetric, self.group = (1 << bits) - 1, symmetric, group
+        self.bits = bits
+        self.top, self.symmetric, self.group, self.span = (1 << bits) - 1, symmetric, group, group
         self.shrinks = [1 - step / 20 for step in range(17 if search else 1)]
 
-    def fit(self, columns: Tensor, omega: Tensor) -> Parameters:
+    def frame(self, columns: Tensor, omega: Tensor) -> Frame | None:
+        return None
+
+    def fit(self, columns: Tensor, omega: Tensor, frame: Frame | None = None) -> Parameters:
         """columns (g, r), omega (g,) -> parameters (r,). A group of zeros gets the range -1..1."""
         low, high = columns.amin(0).clamp(max=0), columns.amax(0).clamp(min=0)
         if self.symmetric:

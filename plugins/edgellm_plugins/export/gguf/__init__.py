@@ -18,12 +18,23 @@ if TYPE_CHECKING:
     from edgellm_sdk.types import Artifact, ModelHandle
 
 
+ENGINE = (  # mixes that llama.cpp's own quantiser makes; ternary ones are for models trained so
+    "q2_k", "q2_k_s", "q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m", "q6_k", "q4_1", "q5_0",
+    "q5_1", "iq4_nl", "iq4_xs", "iq3_m", "iq3_s", "iq3_xs", "iq3_xxs", "iq2_m", "iq2_s", "iq2_xs", "iq2_xxs", "iq1_m",
+    "iq1_s",
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Config:
     type: str = opt(
         "auto",
         "type of the weight matrices; auto keeps a compressed model's blocks, else f16 (f32 for an adapter)",
-        choices=("auto", "f32", "f16", "bf16", "q8_0", "q4_0"),
+        choices=("auto", "f32", "f16", "bf16", "q8_0", "q4_0", *ENGINE),
+    )
+    types: str = opt("", "by llama.cpp's quantiser: PATTERN=TYPE,... with parts of GGUF tensor names or globs")
+    imatrix: str = opt(
+        "auto", "importance matrix for llama.cpp's quantiser: a GGUF file, none, or auto for the one beside the model"
     )
     embedding: str = opt(
         "auto",
@@ -42,7 +53,7 @@ class Config:
 
 PLUGIN = Plugin(
     name="gguf",
-    summary="GGUF for llama.cpp and Ollama: F32, F16, BF16, Q8_0, Q4_0, GPTQ blocks as they are, LoRA adapters",
+    summary="GGUF for llama.cpp and Ollama: floats, GPTQ blocks as they are, every type of llama.cpp, LoRA adapters",
     version="0.1.0",
     config=Config,
 )

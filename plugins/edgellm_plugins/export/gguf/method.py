@@ -8,12 +8,21 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgellm_plugins.export import gguf_blocks, gguf_container, gguf_lora, gguf_tokenizer, llama_family, ollama
+from edgellm_plugins.export import (
+    gguf_blocks,
+    gguf_container,
+    gguf_engine,
+    gguf_lora,
+    gguf_tokenizer,
+    llama_family,
+    ollama,
+)
 from edgellm_plugins.export.gguf_container import Planned, Value
 from edgellm_sdk import checkpoint, store
 from edgellm_sdk.errors import ConfigError, ModelError
@@ -27,7 +36,10 @@ if TYPE_CHECKING:
     from edgellm_sdk.types import Array, Float32, ModelHandle
 
 QUANTISATION_VERSION = 2  # of ggml's block layouts
-FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "IQ4_NL": 25, "BF16": 32}
+FILE_TYPES = {
+    "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K": 12, "Q4_K": 15,
+    "Q5_K": 17, "Q6_K": 18, "IQ4_NL": 25, "IQ4_XS": 30, "BF16": 32,
+}  # fmt: skip
 ENDS = ("model.embed_tokens.weight", "lm_head.weight")
 ROWS_AT_ONCE = 4096
 
@@ -39,8 +51,10 @@ def export(model: ModelHandle, target: Any, config: Config, ctx: Context) -> Art
         raise ModelError("is a GGUF file already", str(model.path), "deploy it as it is")
     family = llama_family.read(model.path)
     name = config.name or model.name or model.path.name
-    if config.adapter == "separate":
+    if config.adapter == "separate" and not gguf_engine.wanted(model, config):
         return _export_adapter(model, family, target, name, config)
+    if gguf_engine.wanted(model, config):
+        return _by_the_engine(model, target, config, ctx)
     for folder in model.adapters:
         gguf_lora.check_kind(folder, separate=False)
     slots, found = llama_family.slots(family), checkpoint.inspect(model.path)
@@ -58,7 +72,7 @@ def export(model: ModelHandle, target: Any, config: Config, ctx: Context) -> Art
         plan.append(Planned("rope_freqs.weight", factors.shape, "F32"))
     tokenizer, how = gguf_tokenizer.metadata(model, family.vocabulary)
     ctx.note(how)
-    metadata = _general(name, plan) | llama_family.metadata(family) | tokenizer
+    metadata = general(name, plan) | llama_family.metadata(family) | tokenizer
     with ctx.progress("writing GGUF", len(plan)) as progress:
 
         def data() -> Iterator[tuple[str, Array]]:
@@ -74,6 +88,20 @@ def export(model: ModelHandle, target: Any, config: Config, ctx: Context) -> Art
     if config.modelfile:
         files.append(_modelfile(model.path, target, config.temperature))
     return _artifact(files, model, verified)
+
+
+def _by_the_engine(model: ModelHandle, target: Path, config: Config, ctx: Context) -> Artifact:
+    """A float file first, then llama.cpp's quantiser on it."""
+    gguf_engine.check(model, config)
+    wide = target.with_name(f".{target.name[:80]}.float.tmp")
+    plain = replace(config, type=gguf_engine.float_type(model), embedding="auto", types="", imatrix="none")
+    try:
+        first = export(model, wide, replace(plain, modelfile=False), ctx)
+        facts = gguf_engine.quantise(wide, target, model, config, ctx)
+    finally:
+        wide.unlink(missing_ok=True)
+    files = [target, *([_modelfile(model.path, target, config.temperature)] if config.modelfile else [])]
+    return _artifact(files, model, {**first.verified, **facts})
 
 
 def choose_types(
@@ -171,7 +199,7 @@ def _census(plan: Sequence[Planned]) -> dict[str, int]:
     return dict(counted)
 
 
-def _general(name: str, plan: Sequence[Planned]) -> dict[str, Value]:
+def general(name: str, plan: Sequence[Planned]) -> dict[str, Value]:
     """The `general.*` keys; the file type is the one most weights have."""
     weights: Counter[str] = Counter()
     for tensor in plan:
