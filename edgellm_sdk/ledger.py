@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgellm_sdk import widths
 from edgellm_sdk.store import read_json
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from edgellm_sdk.types import Array, Float32, ModelHandle
 
 Facts = Mapping[str, Any]
+LLAMA = ("llama", "deci")
 _LAYER = {
     "input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "post_attention_layernorm": "ffn_norm",
@@ -60,12 +62,22 @@ def expected_facts(handle: ModelHandle) -> dict[str, Any]:
     if heads:
         facts["attention.head_count_kv"] = config.get("num_key_value_heads") or heads
         facts["rope.dimension_count"] = config.get("head_dim") or config.get("hidden_size", 0) // heads
+    if config.get(widths.TABLE):
+        facts |= _each_layer(widths.read(config, str(folder)))
     rope = config.get("rope_parameters") or {}
     base = rope.get("rope_theta", config.get("rope_theta")) if isinstance(rope, dict) else None
     if base is not None:
         facts["rope.freq_base"] = base
     facts |= _tokenizer_facts(folder, config)
     return facts
+
+
+def _each_layer(rows: Sequence[widths.Widths]) -> dict[str, Any]:
+    """Widths as a file states them: one number, or an array where layers differ in any of the three."""
+    columns = zip(*((row.ffn, row.heads, row.kv_heads) for row in rows), strict=True)
+    names = ("feed_forward_length", "attention.head_count", "attention.head_count_kv")
+    uneven = widths.uneven(rows)
+    return {name: column if uneven else column[0] for name, column in zip(names, columns, strict=True)}
 
 
 def _optional(path: Path) -> dict[str, Any]:
@@ -108,7 +120,7 @@ def found_facts(file: GGUFFile) -> dict[str, Any]:
     """The same keys from a GGUF file. `vocab_size` is the number of tokens it lists."""
     metadata = file.metadata
     prefix = f"{metadata.get('general.architecture', '')}."
-    facts = {key[len(prefix) :]: value for key, value in metadata.items() if key.startswith(prefix)}
+    facts = {key[len(prefix) :]: _plain(value) for key, value in metadata.items() if key.startswith(prefix)}
     facts["vocab_size"] = len(metadata.get("tokenizer.ggml.tokens", ()))
     embedding = file.tensors.get("token_embd.weight")
     if embedding is not None and embedding.shape[-1] != facts["vocab_size"]:
@@ -122,6 +134,11 @@ def found_facts(file: GGUFFile) -> dict[str, Any]:
     if "tokenizer.ggml.add_bos_token" in metadata:
         facts["add_bos"] = bool(metadata["tokenizer.ggml.add_bos_token"])
     return facts
+
+
+def _plain(value: Any) -> Any:
+    """An array of numbers as a tuple, so that it can be compared."""
+    return tuple(value.tolist()) if hasattr(value, "tolist") else value
 
 
 def differences(expected: Facts, found: Facts) -> list[str]:
@@ -168,6 +185,14 @@ def interleave(rows: Array, heads: int) -> Array:
     return rows.reshape(heads, 2, half, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
+def rotary_heads(file: GGUFFile, name: str) -> int:
+    """How many heads the rows of the tensor `name` are, where they are in rotary order; 0 elsewhere."""
+    parts = name.split(".")
+    key = {"attn_q": "head_count", "attn_k": "head_count_kv"}.get(parts[-2])
+    found = file.metadata.get(f"{file.metadata.get('general.architecture')}.attention.{key}", 0) if key else 0
+    return int(found[int(parts[1])] if hasattr(found, "__getitem__") else found)
+
+
 @dataclass(frozen=True)
 class WeightReport:
     """`compared` tensors; the `worst` of them by distance / bound with that `ratio`; `rounded`, the types that do not
@@ -181,18 +206,15 @@ class WeightReport:
 
 
 def compare_weights(handle: ModelHandle, file: GGUFFile) -> WeightReport | None:
-    """Every tensor of the file against the source's, one at a time. None for architectures other than llama.
+    """Every tensor of the file against the source's, one at a time. None for architectures other than llama and its
+    form with layers of different widths, deci.
 
     A tensor passes when it decodes to the source's weights or to what its type's rounding makes of them.
     """
     import numpy as np
 
-    if file.metadata.get("general.architecture") != "llama" or handle.format != "hf":
+    if file.metadata.get("general.architecture") not in LLAMA or handle.format != "hf":
         return None
-    heads = {
-        "attn_q": int(file.metadata["llama.attention.head_count"]),
-        "attn_k": int(file.metadata["llama.attention.head_count_kv"]),
-    }
     problems, seen, rounded, worst, ratio = [], set[str](), set[str](), "", 0.0
     for name, array in handle.tensors():
         target = gguf_name(name)
@@ -207,9 +229,8 @@ def compare_weights(handle: ModelHandle, file: GGUFFile) -> WeightReport | None:
             continue
         seen.add(target)
         want = np.asarray(array, dtype=np.float32)
-        part = target.split(".")[-2]
-        if part in heads:
-            want = interleave(want, heads[part])
+        if heads := rotary_heads(file, target):
+            want = interleave(want, heads)
         info = file.tensors[target]
         if tuple(reversed(info.shape)) != want.shape:
             problems.append(f"{target} has shape {info.shape[::-1]}, not {want.shape}")
@@ -232,10 +253,6 @@ def compare_adapter(folder: Path | None, base: GGUFFile, file: GGUFFile) -> Weig
 
     from edgellm_sdk.kit import adapters
 
-    heads = {
-        "attn_q": int(base.metadata.get("llama.attention.head_count", 0)),
-        "attn_k": int(base.metadata.get("llama.attention.head_count_kv", 0)),
-    }
     problems, seen, rounded, worst, ratio = [], set[str](), set[str](), "", 0.0
     for name, array in (adapters.arrays(folder) if folder is not None else {}).items():
         module, _, side = name.rpartition(".lora_")
@@ -246,11 +263,11 @@ def compare_adapter(folder: Path | None, base: GGUFFile, file: GGUFFile) -> Weig
             continue
         seen.add(target)
         want, info = np.asarray(array, np.float32), file.tensors[target]
-        part = stem.split(".")[-2]
         if side == "B" and folder is not None:
             rank = want.shape[1]
             want = want * np.float32(adapters.lora_scale(folder, module) * rank / file.metadata["adapter.lora.alpha"])
-            want = interleave(want, heads[part]) if heads.get(part) else want
+            heads = rotary_heads(base, stem)
+            want = interleave(want, heads) if heads else want
         if tuple(reversed(info.shape)) != want.shape:
             problems.append(f"{target} has shape {info.shape[::-1]}, not {want.shape}")
             continue
