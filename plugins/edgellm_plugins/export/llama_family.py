@@ -4,6 +4,9 @@ Sources: the GGUF specification for the keys, ggml's `llama` graph for what they
 transformers rotates the two halves of a head against each other, ggml's rotates neighbours; so the rows of q and k are
 written in another order: row 2i of a head is row i of the first half, row 2i + 1 row i of the second. Attention scores
 do not change, because q and k change alike.
+
+ggml's `llama` graph takes the head counts of layer 0 for all layers. A model whose layers differ in width is written as
+`deci`, the same block with `attention.head_count`, `attention.head_count_kv` and `feed_forward_length` as arrays.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgellm_plugins.export.gguf_container import Value
+from edgellm_sdk import widths
 from edgellm_sdk.checkpoint import read_json
 from edgellm_sdk.errors import ModelError, printable
 
@@ -23,11 +27,13 @@ if TYPE_CHECKING:
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
 GGUF_ARCHITECTURE = "llama"
+UNEVEN_ARCHITECTURE = "deci"
 
 
 @dataclass(frozen=True)
 class Llama:
-    """The hyper-parameters of one model. `head_dim_given`: the config names it, so the file must too."""
+    """The hyper-parameters of one model. `head_dim_given`: the config names it, so the file must too. Where layers
+    differ in `ffn`, `heads` and `kv_heads`, `per_layer` has those of each."""
 
     where: str
     layers: int
@@ -46,6 +52,16 @@ class Llama:
     tied: bool
     attention_bias: bool
     mlp_bias: bool
+    per_layer: tuple[widths.Widths, ...] = ()
+
+    @property
+    def architecture(self) -> str:
+        """Its name in the file."""
+        return UNEVEN_ARCHITECTURE if self.per_layer else GGUF_ARCHITECTURE
+
+    def width(self, layer: int) -> widths.Widths:
+        """The widths of layer 0, 1, ..."""
+        return self.per_layer[layer] if self.per_layer else widths.Widths(self.heads, self.kv_heads, self.ffn)
 
 
 @dataclass(frozen=True)
@@ -87,6 +103,7 @@ def read(folder: Path) -> Llama:
     refuse("sliding_window", None)
     refuse("is_causal", None, True)
     heads, hidden = whole("num_attention_heads"), whole("hidden_size")
+    layers = widths.read(config, where)
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(rope, dict):
         raise ModelError("rope_parameters is not a table", where)
@@ -103,15 +120,16 @@ def read(folder: Path) -> Llama:
     if config.get("head_dim") is None and hidden % heads:
         raise ModelError(f"hidden size {hidden} is no multiple of {heads} heads", where)
     model = Llama(
-        where=where, layers=whole("num_hidden_layers"), hidden=hidden, ffn=whole("intermediate_size"), heads=heads,
-        kv_heads=whole("num_key_value_heads", heads), head_dim=whole("head_dim", hidden // heads),
+        where=where, layers=len(layers), hidden=hidden, ffn=layers[0].ffn, heads=layers[0].heads,
+        kv_heads=layers[0].kv_heads, head_dim=whole("head_dim", hidden // heads),
         head_dim_given=config.get("head_dim") is not None, vocabulary=whole("vocab_size"),
         context=whole("max_position_embeddings"), epsilon=float(epsilon), rope_base=float(base), rope_type=kind,
         rope=rope, tied=flag("tie_word_embeddings"),
         attention_bias=flag("attention_bias"), mlp_bias=flag("mlp_bias"),
+        per_layer=layers if widths.uneven(layers) else (),
     )  # fmt: skip
-    if model.heads % model.kv_heads or model.head_dim % 2:
-        raise ModelError(f"{heads} heads, {model.kv_heads} key-value heads of {model.head_dim} do not fit", where)
+    if model.head_dim % 2:
+        raise ModelError(f"heads of {model.head_dim} cannot be rotated in pairs", where)
     if kind != "default":
         rope_number(model, "factor")
     return model
@@ -130,16 +148,6 @@ def slots(model: Llama) -> dict[str, Slot]:
     import gguf
 
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, model.layers)
-    q, kv = model.heads * model.head_dim, model.kv_heads * model.head_dim
-    modules: list[tuple[str, int, int, int, bool]] = [  # module, rows, columns (0: a norm), permuted heads, bias
-        ("self_attn.q_proj", q, model.hidden, model.heads, model.attention_bias),
-        ("self_attn.k_proj", kv, model.hidden, model.kv_heads, model.attention_bias),
-        ("self_attn.v_proj", kv, model.hidden, 0, model.attention_bias),
-        ("self_attn.o_proj", model.hidden, q, 0, model.attention_bias),
-        ("mlp.gate_proj", model.ffn, model.hidden, 0, model.mlp_bias),
-        ("mlp.up_proj", model.ffn, model.hidden, 0, model.mlp_bias),
-        ("mlp.down_proj", model.hidden, model.ffn, 0, model.mlp_bias),
-    ]
     found: dict[str, Slot] = {}
 
     def add(name: str, shape: tuple[int, ...], heads: int = 0) -> None:
@@ -149,7 +157,7 @@ def slots(model: Llama) -> dict[str, Slot]:
     for i in range(model.layers):
         layer = f"model.layers.{i}"
         add(f"{layer}.input_layernorm.weight", (model.hidden,))
-        for module, rows, columns, heads, bias in modules:
+        for module, rows, columns, heads, bias in _modules(model, model.width(i)):
             add(f"{layer}.{module}.weight", (rows, columns), heads)
             if bias:
                 add(f"{layer}.{module}.bias", (rows,), heads)
@@ -158,6 +166,20 @@ def slots(model: Llama) -> dict[str, Slot]:
     if not model.tied:
         add("lm_head.weight", (model.vocabulary, model.hidden))
     return found
+
+
+def _modules(model: Llama, width: widths.Widths) -> list[tuple[str, int, int, int, bool]]:
+    """The linear layers of one layer: module, rows, columns, permuted heads, bias."""
+    q, kv = width.heads * model.head_dim, width.kv_heads * model.head_dim
+    return [
+        ("self_attn.q_proj", q, model.hidden, width.heads, model.attention_bias),
+        ("self_attn.k_proj", kv, model.hidden, width.kv_heads, model.attention_bias),
+        ("self_attn.v_proj", kv, model.hidden, 0, model.attention_bias),
+        ("self_attn.o_proj", model.hidden, q, 0, model.attention_bias),
+        ("mlp.gate_proj", width.ffn, model.hidden, 0, model.mlp_bias),
+        ("mlp.up_proj", width.ffn, model.hidden, 0, model.mlp_bias),
+        ("mlp.down_proj", model.hidden, width.ffn, 0, model.mlp_bias),
+    ]
 
 
 def permute(rows: Array, heads: int) -> Array:
@@ -193,22 +215,27 @@ def rope_factors(model: Llama) -> Float32 | None:
 
 
 def metadata(model: Llama) -> dict[str, Value]:
-    """The `llama.*` keys."""
+    """The `llama.*` or `deci.*` keys."""
+
+    def each_layer(name: str) -> Value:
+        column = [getattr(model.width(layer), name) for layer in range(model.layers)]
+        return Value("array[u32]", column) if model.per_layer else Value("u32", column[0])
+
     rows: dict[str, Value] = {
         "block_count": Value("u32", model.layers),
         "context_length": Value("u32", model.context),
         "embedding_length": Value("u32", model.hidden),
-        "feed_forward_length": Value("u32", model.ffn),
-        "attention.head_count": Value("u32", model.heads),
-        "attention.head_count_kv": Value("u32", model.kv_heads),
+        "feed_forward_length": each_layer("ffn"),
+        "attention.head_count": each_layer("heads"),
+        "attention.head_count_kv": each_layer("kv_heads"),
         "rope.freq_base": Value("f32", model.rope_base),
         "attention.layer_norm_rms_epsilon": Value("f32", model.epsilon),
         "vocab_size": Value("u32", model.vocabulary),
         "rope.dimension_count": Value("u32", model.head_dim),
     }
-    if model.head_dim_given:
+    if model.head_dim_given or model.per_layer:
         rows["attention.key_length"] = rows["attention.value_length"] = Value("u32", model.head_dim)
     if model.rope_type == "linear":
         rows["rope.scaling.type"] = Value("string", "linear")
         rows["rope.scaling.factor"] = Value("f32", rope_number(model, "factor"))
-    return {f"{GGUF_ARCHITECTURE}.{key}": value for key, value in rows.items()}
+    return {f"{model.architecture}.{key}": value for key, value in rows.items()}

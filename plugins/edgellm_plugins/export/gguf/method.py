@@ -58,7 +58,7 @@ def export(model: ModelHandle, target: Any, config: Config, ctx: Context) -> Art
         plan.append(Planned("rope_freqs.weight", factors.shape, "F32"))
     tokenizer, how = gguf_tokenizer.metadata(model, family.vocabulary)
     ctx.note(how)
-    metadata = _general(name, plan) | llama_family.metadata(family) | tokenizer
+    metadata = _general(name, plan, family.architecture) | llama_family.metadata(family) | tokenizer
     with ctx.progress("writing GGUF", len(plan)) as progress:
 
         def data() -> Iterator[tuple[str, Array]]:
@@ -171,14 +171,14 @@ def _census(plan: Sequence[Planned]) -> dict[str, int]:
     return dict(counted)
 
 
-def _general(name: str, plan: Sequence[Planned]) -> dict[str, Value]:
+def _general(name: str, plan: Sequence[Planned], architecture: str) -> dict[str, Value]:
     """The `general.*` keys; the file type is the one most weights have."""
     weights: Counter[str] = Counter()
     for tensor in plan:
         if len(tensor.shape) > 1:
             weights[tensor.type] += tensor.shape[0] * tensor.shape[1]
     return {
-        "general.architecture": Value("string", llama_family.GGUF_ARCHITECTURE),
+        "general.architecture": Value("string", architecture),
         "general.type": Value("string", "model"),
         "general.name": Value("string", name),
         "general.file_type": Value("u32", FILE_TYPES[weights.most_common(1)[0][0]]),
@@ -195,7 +195,7 @@ def _export_adapter(
         raise ConfigError(f"a GGUF adapter is f32 or f16, not {config.type}")
     folder = model.adapters[0]
     plan, data = gguf_lora.plan(gguf_lora.factors(folder, family), "F16" if config.type == "f16" else "F32")
-    facts = gguf_container.write(target, gguf_lora.metadata(folder, name), plan, data)
+    facts = gguf_container.write(target, gguf_lora.metadata(folder, name, family), plan, data)
     return _artifact([target], model, {"reader": facts, "kind": "adapter"})
 
 
