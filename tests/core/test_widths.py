@@ -54,7 +54,7 @@ def uneven(make_tiny_llama: Any, tmp_path: Path) -> ModelHandle:
 
 @given(
     st.lists(
-        st.builds(lambda kv, r, ffn: Widths(kv * r, kv, ffn), st.integers(1, 9), st.integers(1, 4), st.integers(1, 999)),
+        st.builds(lambda kv, r, n: Widths(kv * r, kv, n), st.integers(1, 9), st.integers(1, 4), st.integers(1, 999)),
         min_size=1, max_size=6,
     )
 )  # fmt: skip
