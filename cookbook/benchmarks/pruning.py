@@ -1,4 +1,4 @@
-"""What structural pruning costs and pays: SmolLM2-135M without a quarter of its blocks' weights, in torch and llama.cpp.
+"""What structural pruning costs and pays: SmolLM2-135M without a quarter of its blocks' weights.
 
     python cookbook/benchmarks/pruning.py
 
@@ -6,9 +6,9 @@ Rows: the dense model; LLM-Pruner by vector, element (first order, Hessian, both
 with the same number of weights; whole blocks by influence; two of them after a LoRA recovery; bytes, speed and the gate
 of Q8_0 files in llama.cpp; and how well the scores rank what removing a channel really costs.
 
-Judged and recovered on presidential addresses, perplexity on others that were held out, as llama.cpp measures it: chunks
-of 512 tokens, of which the second half is scored. Each row is stored when it is done: a rerun goes on where the last
-one stopped, and `--seconds` bounds a visit. Speeds are of files loaded side by side and run in turn, as ratios.
+Judged and recovered on presidential addresses, perplexity on others that were held out, as llama.cpp measures it:
+chunks of 512 tokens, of which the second half is scored. Each row is stored when it is done: a rerun goes on where the
+last one stopped, and `--seconds` bounds a visit. Speeds are of files loaded side by side and run in turn, as ratios.
 """
 
 from __future__ import annotations
@@ -205,7 +205,7 @@ def checks(rows: dict[str, Any]) -> dict[str, bool | None]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ratio", type=float, default=0.25, help="share of the blocks' weights to remove")
-    parser.add_argument("--chunks", type=int, default=16, help="chunks of 512 tokens to score")
+    parser.add_argument("--chunks", type=int, default=40, help="chunks of 512 tokens to score")
     parser.add_argument("--recovery", type=int, default=100, help="steps of recovery, 4 windows of 128 tokens each")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no further row after this long")
