@@ -83,10 +83,10 @@ def factors(folder: Path, model: llama_family.Llama) -> dict[str, Array]:
     return found
 
 
-def metadata(folder: Path, name: str) -> dict[str, Value]:
+def metadata(folder: Path, name: str, model: llama_family.Llama) -> dict[str, Value]:
     return {
         "general.type": Value("string", "adapter"),
-        "general.architecture": Value("string", llama_family.GGUF_ARCHITECTURE),
+        "general.architecture": Value("string", model.kind.gguf),
         "general.name": Value("string", name),
         "adapter.type": Value("string", "lora"),
         "adapter.lora.alpha": Value("f32", float(_config(folder)["r"])),
