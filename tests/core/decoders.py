@@ -94,6 +94,16 @@ def write_kind(folder: Path, kind: str, seed: int = 0, sharp: bool = False, **ch
     return folder
 
 
+def with_sentencepiece(folder: Path, kind: str, style: str, model_file: bool = True, **changes: Any) -> Path:
+    """A model of `kind` whose tokenizer is one of `write_sentencepiece`."""
+    size = write_sentencepiece(folder, style, model_file)
+    settings = {name: (folder / name).read_bytes() for name in ("tokenizer.json", "tokenizer_config.json")}
+    write_kind(folder, kind, vocab_size=size + 3, **changes)
+    for name, raw in settings.items():
+        (folder / name).write_bytes(raw)
+    return folder
+
+
 def write_bpe(folder: Path, cut: Any = None, normalizer: Any = None, whole_words: bool = False) -> None:
     """A byte-level BPE tokenizer learned on a few sentences; `cut` a pre-tokenizer, one digit at a time when None."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -116,6 +126,82 @@ def write_bpe(folder: Path, cut: Any = None, normalizer: Any = None, whole_words
     )  # fmt: skip
     fast.chat_template = CHATML
     fast.save_pretrained(folder)
+
+
+def _message(number: int, wire: int, raw: bytes) -> bytes:
+    """One field of a protocol buffer: `raw` behind its key, and its length for bytes."""
+
+    def varint(value: int) -> bytes:
+        out = b""
+        while value > 127:
+            out, value = out + bytes([value & 127 | 128]), value >> 7
+        return out + bytes([value])
+
+    return varint(number << 3 | wire) + (varint(len(raw)) if wire == 2 else b"") + raw
+
+
+def sentencepiece_model(pieces: list[tuple[str, float, int]], kind: int, prefix: bool) -> bytes:
+    """A `tokenizer.model` with these (text, score, type); `kind` 1 unigram, 2 BPE; `prefix`: a space before a text."""
+    raw = b""
+    for text, score, which in pieces:
+        body = _message(1, 2, text.encode()) + _message(2, 5, np.float32(score).tobytes())
+        raw += _message(1, 2, body + _message(3, 0, bytes([which])))
+    raw += _message(2, 2, _message(3, 0, bytes([kind])) + _message(35, 0, b"\x01"))
+    identity = _message(1, 2, b"identity") + _message(3, 0, bytes([prefix])) + _message(4, 0, b"\0")
+    return raw + _message(3, 2, identity + _message(5, 0, b"\x01"))
+
+
+def write_sentencepiece(folder: Path, kind: str, model_file: bool = True, pieces: int = 160) -> int:
+    """A SentencePiece tokenizer as Llama 2 (`llama`, a space before every text), Gemma (`gemma`, none) or T5
+    (`unigram`) has it; returns the number of tokens. Two added tokens, one special."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    mark, specials = "\u2581", ["<unk>", "<s>", "</s>"]
+    learner = Tokenizer(models.BPE())
+    learner.pre_tokenizer = pre_tokenizers.Metaspace(replacement=mark)
+    trainer = trainers.BpeTrainer(vocab_size=40 + pieces, show_progress=False)
+    learner.train_from_iterator(list(CORPUS) * 4, trainer)
+    learned = json.loads(learner.to_str())["model"]
+    merged = ["".join(pair) for pair in learned["merges"]] + ([] if kind == "unigram" else [mark * 2, mark * 4])
+    letters = [text for text in learned["vocab"] if len(text) == 1]
+    texts = [*specials, *(f"<0x{byte:02X}>" for byte in range(256)), *merged, *letters]
+    rank = {text: place for place, text in enumerate(merged)}
+    known = set(texts)
+    pairs = [(a, b) for text in merged for a, b in ((text[:i], text[i:]) for i in range(1, len(text)))
+             if a in known and b in known]  # fmt: skip
+    scores = [0.0] * 259 + [-float(i) for i in range(len(merged) + len(letters))]
+    if kind == "unigram":
+        scores = (
+            [0.0] * 259 + [-2.0 - 0.01 * i for i in range(len(merged))] + [-8.0 - 0.01 * i for i in range(len(letters))]
+        )
+        tokenizer = Tokenizer(models.Unigram(list(zip(texts, scores, strict=True)), unk_id=0, byte_fallback=False))
+    else:
+        vocabulary = {text: i for i, text in enumerate(texts)}
+        pairs.sort(key=lambda pair: rank[pair[0] + pair[1]])
+        tokenizer = Tokenizer(models.BPE(vocabulary, pairs, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    steps = [] if kind == "gemma" else [normalizers.Prepend(mark)]
+    tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", mark)])
+    tokenizer.decoder = decoders.Sequence([decoders.Replace(mark, " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in specials])
+    tokenizer.add_special_tokens([AddedToken("<|end|>", special=True, normalized=False)])
+    tokenizer.add_tokens([AddedToken("<tool>", normalized=False)])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>",
+        clean_up_tokenization_spaces=False,
+    )  # fmt: skip
+    fast.chat_template = "{% for m in messages %}{{ '<tool>' + m['content'] + '<|end|>' }}{% endfor %}"
+    fast.save_pretrained(folder)
+    if model_file:
+        kinds = [2, 3, 3, *[6] * 256, *[1] * (len(texts) - 259)]
+        rows = list(zip(texts, scores, kinds, strict=True))
+        raw = sentencepiece_model(rows, 1 if kind == "unigram" else 2, kind != "gemma")
+        (folder / "tokenizer.model").write_bytes(raw)
+        settings = json.loads((folder / "tokenizer_config.json").read_text())
+        added = json.loads((folder / "tokenizer.json").read_text())["added_tokens"]
+        settings["added_tokens_decoder"] = {str(token.pop("id")): token for token in added}
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return len(texts) + 2
 
 
 def torch_logits(folder: Path, ids: list[int]) -> Any:

@@ -117,7 +117,7 @@ GEMMA2 = Architecture(
     period=2,
     free_head=False,
     scale_layers=46,
-    fixed=_NO_BIAS | {"use_bidirectional_attention": (None, False)},
+    fixed={**_NO_BIAS, "use_bidirectional_attention": (None, False)},
     defaults={
         "head_dim": 256, "tie_word_embeddings": True, "sliding_window": 4096, "attn_logit_softcapping": 50.0,
         "final_logit_softcapping": 30.0, "query_pre_attn_scalar": 256,
@@ -133,7 +133,7 @@ GEMMA3 = Architecture(
     window="applied",
     period=6,
     scale_layers=62,
-    fixed=_NO_BIAS | {"use_bidirectional_attention": (None, False), "attn_logit_softcapping": (None,)},
+    fixed={**_NO_BIAS, "use_bidirectional_attention": (None, False), "attn_logit_softcapping": (None,)},
     defaults={
         "head_dim": 256, "tie_word_embeddings": True, "sliding_window": 4096, "max_position_embeddings": 131072,
         "num_attention_heads": 8, "num_key_value_heads": 4, "query_pre_attn_scalar": 256, "rope_theta": 1e6,

@@ -1,4 +1,4 @@
-"""A byte-level BPE tokenizer as GGUF metadata.
+"""A tokenizer as GGUF metadata; those made by SentencePiece are in `gguf_sentencepiece`.
 
 llama.cpp hard-codes the pre-tokenizers (the regular expressions that cut text before merging) and a file only names
 one, so a wrong name gives silently different ids. The name is found as the upstream converter finds it, by the sha256
@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgellm_plugins.export import gguf_sentencepiece
 from edgellm_plugins.export.gguf_container import Value
 from edgellm_sdk.checkpoint import read_json
 from edgellm_sdk.errors import ModelError, printable
@@ -83,6 +84,27 @@ def metadata(model: ModelHandle, vocabulary: int) -> tuple[dict[str, Value], str
     tokenizer, folder = _load(model), model.path
     where = str(folder / "tokenizer.json")
     definition = json.loads(tokenizer.to_str())
+    pieces = gguf_sentencepiece.is_sentencepiece(definition)
+    if pieces:
+        rows, how = gguf_sentencepiece.metadata(folder, definition, vocabulary, where)
+    else:
+        rows, how = _byte_level(tokenizer, definition, vocabulary, where)
+    settings = _optional_json(folder / "tokenizer_config.json")
+    rows |= _special_ids(tokenizer, settings, _optional_json(folder / "config.json"), vocabulary, where)
+    rows |= _other_ends(model, rows, where)
+    rows |= _added(tokenizer, rows, where)
+    if isinstance(settings.get("add_prefix_space"), bool) and not pieces:
+        rows["add_space_prefix"] = Value("bool", settings["add_prefix_space"])
+    found = {f"tokenizer.ggml.{key}": value for key, value in rows.items()}
+    template = chat_template(folder)
+    if template:
+        found["tokenizer.chat_template"] = Value("string", template)
+    return found, how, [*limits(definition), *gguf_sentencepiece.limits(definition)]
+
+
+def _byte_level(
+    tokenizer: Any, definition: Mapping[str, Any], vocabulary: int, where: str
+) -> tuple[dict[str, Value], str]:
     _require_bpe(definition, where)
     pre, how = _pretokenizer(tokenizer, definition, where)
     tokens, types = _tokens(tokenizer, definition, vocabulary, where)
@@ -93,17 +115,7 @@ def metadata(model: ModelHandle, vocabulary: int) -> tuple[dict[str, Value], str
         "token_type": Value("array[i32]", types),
         "merges": Value("array[string]", _merges(definition["model"]["merges"], where)),
     }
-    settings = _optional_json(folder / "tokenizer_config.json")
-    rows |= _special_ids(tokenizer, settings, _optional_json(folder / "config.json"), len(tokens), where)
-    rows |= _other_ends(model, rows, where)
-    rows |= _added(tokenizer, rows, where)
-    if isinstance(settings.get("add_prefix_space"), bool):
-        rows["add_space_prefix"] = Value("bool", settings["add_prefix_space"])
-    found = {f"tokenizer.ggml.{key}": value for key, value in rows.items()}
-    template = chat_template(folder)
-    if template:
-        found["tokenizer.chat_template"] = Value("string", template)
-    return found, how, limits(definition)
+    return rows, how
 
 
 def _load(model: ModelHandle) -> Any:
@@ -129,7 +141,7 @@ def _require_bpe(definition: Mapping[str, Any], where: str) -> None:
     model = definition["model"]
     if model.get("type") != "BPE" or (definition.get("decoder") or {}).get("type") != "ByteLevel":
         kind = printable(str(model.get("type")))[:40]
-        raise ModelError(f"is a {kind} tokenizer; only byte-level BPE can be exported", where)
+        raise ModelError(f"is a {kind} tokenizer; byte-level BPE and SentencePiece can be exported", where)
     for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
         if model.get(key):
             raise ModelError(f"its BPE uses {key}, which GGUF cannot say", where)
@@ -194,11 +206,6 @@ def _step(step: Mapping[str, Any]) -> tuple[Any, ...]:
     return ("unknown",)
 
 
-def _looks_special(token: str) -> bool:
-    """Markers that some models leave unflagged although a reader must never see them."""
-    return token in ("<pad>", "<mask>") or (token.startswith("<|") and token.endswith("|>"))
-
-
 def _tokens(tokenizer: Any, definition: Mapping[str, Any], vocabulary: int, where: str) -> tuple[list[str], list[int]]:
     """Token texts and their types in the order of ids."""
     ids: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
@@ -221,7 +228,7 @@ def _tokens(tokenizer: Any, definition: Mapping[str, Any], vocabulary: int, wher
             if not token.get("normalized"):  # llama.cpp looks for the text as it stands in the input
                 encoded = tokenizer.encode(text, add_special_tokens=False).ids
                 text = tokenizer.decode(encoded, skip_special_tokens=False)
-            control = token.get("special") or _looks_special(text)
+            control = token.get("special") or gguf_sentencepiece.looks_special(text)
             tokens.append(text)
             types.append(CONTROL if control else USER_DEFINED)
         else:

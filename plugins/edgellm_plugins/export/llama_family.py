@@ -172,7 +172,8 @@ def _rope(config: _Config) -> tuple[Mapping[str, Any], str, tuple[float, float]]
     rope = config.raw.get("rope_parameters") or config.raw.get("rope_scaling") or {}
     if not isinstance(rope, dict):
         raise ModelError("rope_parameters is not a table", config.where)
-    local, nested = {}, rope.get("full_attention")
+    local: Any = {}
+    nested = rope.get("full_attention")
     if isinstance(nested, dict):
         local, rope = rope.get("sliding_attention") or {}, nested
     kind = str(rope.get("rope_type", rope.get("type", "default"))).lower()
