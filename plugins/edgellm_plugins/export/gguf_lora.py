@@ -86,7 +86,7 @@ def factors(folder: Path, model: llama_family.Llama) -> dict[str, Array]:
 def metadata(folder: Path, name: str, model: llama_family.Llama) -> dict[str, Value]:
     return {
         "general.type": Value("string", "adapter"),
-        "general.architecture": Value("string", model.architecture),
+        "general.architecture": Value("string", model.gguf),
         "general.name": Value("string", name),
         "adapter.type": Value("string", "lora"),
         "adapter.lora.alpha": Value("f32", float(_config(folder)["r"])),

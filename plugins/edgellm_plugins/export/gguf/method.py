@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgellm_plugins.export import gguf_blocks, gguf_container, gguf_lora, gguf_tokenizer, llama_family, ollama
+from edgellm_plugins.export import gguf_blocks, gguf_container, gguf_lora, gguf_tokenizer, llama_family, ollama, rotary
 from edgellm_plugins.export.gguf_container import Planned, Value
 from edgellm_sdk import checkpoint, store
 from edgellm_sdk.errors import ConfigError, ModelError
@@ -53,23 +53,25 @@ def export(model: ModelHandle, target: Any, config: Config, ctx: Context) -> Art
         )
     types = choose_types(slots, packed, config, ctx)
     plan = [Planned(slot.name, slot.shape, types[hf]) for hf, slot in slots.items()]
-    factors = llama_family.rope_factors(family)
-    if factors is not None:
-        plan.append(Planned("rope_freqs.weight", factors.shape, "F32"))
-    tokenizer, how = gguf_tokenizer.metadata(model, family.vocabulary)
-    ctx.note(how)
-    metadata = _general(name, plan, family.architecture) | llama_family.metadata(family) | tokenizer
+    factors = rotary.factors(family)
+    plan += [Planned(key, array.shape, "F32") for key, array in factors.items()]
+    tokenizer, how, unlike = gguf_tokenizer.metadata(model, family.vocabulary)
+    limits = [*llama_family.limits(family), *unlike]
+    for note in (how, *limits):
+        ctx.note(note)
+    metadata = _general(name, family.gguf, plan) | llama_family.metadata(family) | tokenizer
     with ctx.progress("writing GGUF", len(plan)) as progress:
 
         def data() -> Iterator[tuple[str, Array]]:
-            if factors is not None:
-                yield "rope_freqs.weight", factors
+            yield from factors.items()
             for pair in _stored(found, model.adapters, slots, packed, types):
                 yield pair
                 progress.advance()
 
         facts = gguf_container.write(target, metadata, plan, data())
     verified = {"reader": facts, "kind": "model", "tokenizer": how, "tensor_types": _census(plan)}
+    if limits:
+        verified["limits"] = limits
     files = [target]
     if config.modelfile:
         files.append(_modelfile(model.path, target, config.temperature))
@@ -116,12 +118,12 @@ def _stored(
 
     for name, tensor in found.tensors.items():
         slot = slots.get(name)
-        if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and found.tied):
-            continue
+        if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and slot is None):
+            continue  # a constant; a tied head, of which the engine takes the embedding
         if slot is None:
             if name.endswith(".bias") and not np.any(found.array(name)):
                 continue  # GPTQ tools store biases of zero for layers that have none
-            raise ModelError(f"tensor {name[:80]!r} has no place in a GGUF llama model", str(found.folder))
+            raise ModelError(f"tensor {name[:80]!r} has no place in a GGUF model of its kind", str(found.folder))
         if tensor.shape != slot.shape:
             raise ModelError(f"{name!r} is {tensor.shape}, config.json says {slot.shape}", str(found.folder))
         if packed.get(name) == types[name]:
@@ -130,6 +132,8 @@ def _stored(
         array = found.array(name)
         for folder in adapters:
             array = merged(folder, name, array)
+        if slot.shift:
+            array = array + np.float32(slot.shift)
         yield slot.name, as_type(_ordered(array, slot), types[name], name)
 
 
@@ -171,7 +175,7 @@ def _census(plan: Sequence[Planned]) -> dict[str, int]:
     return dict(counted)
 
 
-def _general(name: str, plan: Sequence[Planned], architecture: str) -> dict[str, Value]:
+def _general(name: str, architecture: str, plan: Sequence[Planned]) -> dict[str, Value]:
     """The `general.*` keys; the file type is the one most weights have."""
     weights: Counter[str] = Counter()
     for tensor in plan:
