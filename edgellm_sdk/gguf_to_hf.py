@@ -166,7 +166,7 @@ def _each_layer(file: GGUFFile, arch: str) -> list[widths.Widths]:
         if key == "attention.head_count_kv" and f"{arch}.{key}" not in file.metadata:
             columns.append(columns[0])
             continue
-        value = file.metadata.get(f"{arch}.{key}")
+        value: Any = file.metadata.get(f"{arch}.{key}")
         numbers = value.tolist() if arch == UNEVEN and hasattr(value, "tolist") else []
         if len(numbers) == layers and all(type(number) is int for number in numbers):
             columns.append(numbers)
