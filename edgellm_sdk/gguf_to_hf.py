@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgellm_sdk import widths
 from edgellm_sdk.errors import ModelError, printable
 from edgellm_sdk.gguf_file import GGUFFile, read
 from edgellm_sdk.store import atomic, write_bytes, write_json
@@ -22,7 +23,13 @@ if TYPE_CHECKING:
     from edgellm_sdk.types import Array
 
 VERSION = 1
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+UNEVEN = "deci"  # ggml's llama for layers of different widths
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    UNEVEN: "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
 _GLOBAL = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
@@ -103,7 +110,8 @@ def _short(value: float) -> float:
 
 def _config(file: GGUFFile, arch: str) -> dict[str, Any]:
     hidden = _value(file, f"{arch}.embedding_length", int)
-    heads = _value(file, f"{arch}.attention.head_count", int)
+    rows = _each_layer(file, arch)
+    heads = rows[0].heads
     if not 0 < heads <= hidden:
         raise ModelError(f"has {heads} heads for a width of {hidden}", str(file.path))
     head = _value(file, f"{arch}.attention.key_length", int, hidden // heads)
@@ -118,12 +126,12 @@ def _config(file: GGUFFile, arch: str) -> dict[str, Any]:
     base = _short(_value(file, f"{arch}.rope.freq_base", float, 10000.0))
     config = {
         "architectures": [ARCHITECTURES[arch]],
-        "model_type": arch,
+        "model_type": "llama" if arch == UNEVEN else arch,
         "hidden_size": hidden,
-        "intermediate_size": _value(file, f"{arch}.feed_forward_length", int),
+        "intermediate_size": rows[0].ffn,
         "num_hidden_layers": _value(file, f"{arch}.block_count", int),
         "num_attention_heads": heads,
-        "num_key_value_heads": _value(file, f"{arch}.attention.head_count_kv", int, heads),
+        "num_key_value_heads": rows[0].kv_heads,
         "head_dim": head,
         "hidden_act": "silu",
         "max_position_embeddings": _value(file, f"{arch}.context_length", int),
@@ -140,7 +148,31 @@ def _config(file: GGUFFile, arch: str) -> dict[str, Any]:
         token = file.metadata.get(f"tokenizer.ggml.{name}_token_id")
         if type(token) is int:
             config[f"{'pad' if name == 'padding' else name}_token_id"] = token
+    if widths.uneven(rows):  # transformers wants heads that divide the width, which any layer's own need not
+        full = max(rows, key=lambda row: row.heads)
+        config |= {"num_attention_heads": hidden // head, "num_key_value_heads": full.kv_heads}
+        config = widths.written(config, rows)
+        widths.read(config, str(file.path))
     return config
+
+
+def _each_layer(file: GGUFFile, arch: str) -> list[widths.Widths]:
+    """The widths of every layer. ModelError unless a key holds one number above 0, or in `deci` one for each layer."""
+    layers = _value(file, f"{arch}.block_count", int)
+    if not 0 < layers <= len(file.tensors):
+        raise ModelError(f"says it has {layers} layers, but holds {len(file.tensors)} tensors", str(file.path))
+    columns: list[list[int]] = []
+    for key in ("attention.head_count", "attention.head_count_kv", "feed_forward_length"):
+        if key == "attention.head_count_kv" and f"{arch}.{key}" not in file.metadata:
+            columns.append(columns[0])
+            continue
+        value: Any = file.metadata.get(f"{arch}.{key}")
+        numbers = value.tolist() if arch == UNEVEN and hasattr(value, "tolist") else []
+        if len(numbers) == layers and all(type(number) is int for number in numbers):
+            columns.append(numbers)
+        else:
+            columns.append([_value(file, f"{arch}.{key}", int)] * layers)
+    return [widths.Widths(*row) for row in zip(*columns, strict=True)]
 
 
 def _hf_name(name: str, layers: int) -> str | None:
@@ -178,7 +210,7 @@ def _weights(
         offset += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
+    rows = widths.read(config, str(file.path)) if arch in ("llama", UNEVEN) else ()
     with atomic(target) as out:
         out.write(struct.pack("<Q", len(text)) + text)
         for done, known in enumerate(sorted(names)):
@@ -192,8 +224,9 @@ def _weights(
             if not np.isfinite(values).all():
                 raise ModelError(f"{info.name} holds values that are not finite", str(file.path))
             part = known.split(".")[-2]
-            if arch == "llama" and part in heads:
-                values = _unpermute(values, heads[part], file.path)
+            if rows and part in ("q_proj", "k_proj"):
+                row = rows[int(known.split(".")[2])]
+                values = _unpermute(values, row.heads if part == "q_proj" else row.kv_heads, file.path)
             out.write(np.ascontiguousarray(values).data)
             progress((done + 1) / len(names), f"decoding {known}")
 

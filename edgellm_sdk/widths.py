@@ -17,7 +17,7 @@ from edgellm_sdk.errors import ModelError, printable
 
 TABLE = "edgellm_widths"
 KEYS = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
-MOST = 1 << 20
+MOST, MOST_LAYERS = 1 << 20, 1 << 16
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def read(config: Mapping[str, Any], where: str) -> tuple[Widths, ...]:
     own = {key: config.get(key) for key in KEYS}
     if own[KEYS[1]] is None:
         own[KEYS[1]] = own[KEYS[0]]
-    if type(layers) is not int or layers < 1:
+    if type(layers) is not int or not 0 < layers <= MOST_LAYERS:
         raise ModelError(f"config.json says num_hidden_layers = {printable(repr(layers))[:20]}", where)
     if not isinstance(table, Mapping):
         raise ModelError(f"{TABLE} is not a table", where)

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from edgellm_plugins.compression import depth_prune, layerwise, llm_pruner, pruned
+from edgellm_plugins.compression import depth_prune, layerwise, llm_pruner, pruned, recovery
 from edgellm_plugins.compression.llm_pruner import method
 from gptq_perplexity import CHUNK, environment, score, texts, token_windows
 
@@ -57,21 +57,34 @@ class Benchmark:
         held_out = found["addresses"][:CHARACTERS]
         self.chunks = token_windows(self.tokenizer, held_out, CHUNK, given.chunks, self.ctx, "addresses")
 
-    def pruned(self, name: str, recovery: int = 0) -> tuple[ModelHandle, dict[str, Any]]:
-        """The pruned model called `name`, made anew, and what was said on the way."""
+    def pruned(self, name: str) -> tuple[ModelHandle, dict[str, Any]]:
+        """The pruned model called `name`, from the work folder or made now, and what was said when it was made."""
         kind, _, seed = name.partition(" ")
-        ctx = Context(self.folder / f"{name.replace(' ', '-')}-{recovery}", int(seed or 0), threads=self.given.threads)
-        options: dict[str, Any] = {
-            "ratio": self.given.ratio, "calibration_text": str(self.text), "recovery_steps": recovery,
-        }  # fmt: skip
-        began = time.monotonic()
+        folder = self.folder / name.replace(" ", "-")
+        if (folder / "told.json").is_file():
+            return resolve(str(folder / "model")), store.read_json(folder / "told.json")
+        ctx, began = Context(folder, int(seed or 0), threads=self.given.threads), time.monotonic()
         if kind == "depth":
-            chosen: Any = build(depth_prune.Config, options, "depth-prune")
-            handle = depth_prune.edgellm_compress(self.base, None, chosen, ctx)
+            plugin: Any = depth_prune
+            chosen: Any = build(depth_prune.Config, self.options(), "depth-prune")
         else:
-            chosen = build(llm_pruner.Config, options | {"importance": kind}, "llm-pruner")
-            handle = llm_pruner.edgellm_compress(self.base, None, chosen, ctx)
-        return handle, {"seconds": round(time.monotonic() - began, 1), "notes": ctx.notes}
+            plugin, chosen = llm_pruner, build(llm_pruner.Config, self.options() | {"importance": kind}, "llm-pruner")
+        handle: ModelHandle = plugin.edgellm_compress(self.base, None, chosen, ctx)
+        told = {"seconds": round(time.monotonic() - began, 1), "notes": ctx.notes}
+        store.write_json(folder / "told.json", told)
+        return handle, told
+
+    def options(self, recovery: int = 0) -> dict[str, Any]:
+        return {"ratio": self.given.ratio, "calibration_text": str(self.text), "recovery_steps": recovery}
+
+    def recovered(self, name: str) -> dict[str, Any]:
+        """What the plugin's `recovery_steps` do to the pruned model called `name`."""
+        ctx, began = Context(self.folder / f"{name}-recovered", threads=self.given.threads), time.monotonic()
+        handle, _ = self.pruned(name)
+        copy = pruned.write(handle, pruned.whole_of(handle), ctx)
+        chosen: Any = build(llm_pruner.Config, self.options(self.given.recovery), "llm-pruner")
+        after = recovery.recovered(copy, None, chosen, ctx)
+        return self.perplexity(after) | {"seconds": round(time.monotonic() - began, 1), "notes": ctx.notes}
 
     def perplexity(self, handle: ModelHandle) -> dict[str, Any]:
         return {"parameters": handle.parameters, **score(handle.load().model, self.chunks)}
@@ -81,11 +94,11 @@ class Benchmark:
         for name in (*KINDS, "depth"):
             found[name] = lambda name=name: self.row(name)  # type: ignore[misc]
         for name in RECOVERED:
-            found[f"{name}, recovered"] = lambda name=name: self.row(name, self.given.recovery)  # type: ignore[misc]
+            found[f"{name}, recovered"] = lambda name=name: self.recovered(name)  # type: ignore[misc]
         return found | {"device": self.device, "ranks": self.ranks}
 
-    def row(self, name: str, recovery: int = 0) -> dict[str, Any]:
-        handle, told = self.pruned(name, recovery)
+    def row(self, name: str) -> dict[str, Any]:
+        handle, told = self.pruned(name)
         return self.perplexity(handle) | told
 
     def device(self) -> dict[str, Any]:
@@ -98,7 +111,9 @@ class Benchmark:
         engines = {}
         for name, handle in handles.items():
             ctx = Context(self.folder / f"device-{name}")
-            artifact = edgellm_export(handle, self.folder / f"{name}.gguf", Config(type="q8_0", modelfile=False), ctx)
+            target = self.folder / f"{name}.gguf"
+            target.unlink(missing_ok=True)
+            artifact = edgellm_export(handle, target, Config(type="q8_0", modelfile=False), ctx)
             found[name] = {"bytes": artifact.path.stat().st_size, "parameters": handle.parameters}
             if name != "dense":
                 verdict = verify_export(handle, artifact, ctx, PROMPTS[:3])
@@ -213,6 +228,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no further row after this long")
     parser.add_argument("--only", default="", help="rows to do, comma-separated")
+    parser.add_argument("--work", default="", help="folder that keeps pruned models between visits; empty: none")
     parser.add_argument("--result", type=Path, default=RESULT)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
@@ -225,7 +241,8 @@ def main() -> int:
             return 2
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        benchmark = Benchmark(given, Path(folder))
+        Path(given.work or folder).mkdir(parents=True, exist_ok=True)
+        benchmark = Benchmark(given, Path(given.work or folder))
         asked = given.only.split(",") if given.only else list(benchmark.rows())
         for name, row in benchmark.rows().items():
             if name in result["rows"] or name not in asked or time.monotonic() - began > given.seconds:

@@ -95,6 +95,35 @@ def test_a_table_that_cannot_be_meant_is_refused(table: Any, message: str) -> No
         widths.read({**CONFIG, widths.TABLE: table or [0]}, "m")
 
 
+def test_a_number_of_layers_that_cannot_be_meant_is_refused() -> None:
+    for layers in (0, 1 << 30, True, None, "3"):
+        with pytest.raises(ModelError, match="num_hidden_layers"):
+            widths.read({**CONFIG, "num_hidden_layers": layers}, "m")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("deci.feed_forward_length", ("array[u32]", [128, 96]), "lacks the int"),
+        ("deci.feed_forward_length", ("array[f32]", [128.0, float("nan"), 64.0]), "lacks the int"),
+        ("deci.attention.head_count", ("array[u32]", [4, 0, 4]), "layer 1 has num_attention_heads = 0"),
+        ("deci.attention.head_count_kv", ("array[u32]", [2, 0, 2]), "num_key_value_heads = 0"),
+        ("deci.block_count", ("u32", 4_000_000_000), "4000000000 layers"),
+    ],
+)
+def test_a_file_whose_arrays_cannot_be_meant_is_refused(
+    key: str, value: tuple[str, Any], message: str, uneven: ModelHandle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from edgellm_plugins.export import llama_family
+    from edgellm_plugins.export.gguf_container import Value
+
+    metadata = llama_family.metadata
+    monkeypatch.setattr(llama_family, "metadata", lambda model: metadata(model) | {key: Value(*value)})
+    export("gguf", str(uneven.path), tmp_path / "m.gguf", options={"type": "f32"}, gate=False)
+    with pytest.raises(ModelError, match=message):
+        resolve(str(tmp_path / "m.gguf"))
+
+
 def test_the_folder_loads_at_its_widths(uneven: ModelHandle) -> None:
     from transformers import LlamaForCausalLM
 
@@ -187,3 +216,19 @@ def test_a_program_that_knows_one_number_of_heads_refuses_the_model(uneven: Mode
     trainables = adapters.install(model, adapters.Spec("lora-fa", 1, 4, 8.0, ("q_proj",)), Stream(0, "t"))
     with pytest.raises(ModelError, match="different numbers of heads"):
         Llama(model, trainables, 16)
+
+
+def test_the_file_becomes_the_folder_again(uneven: ModelHandle, tmp_path: Path) -> None:
+    from edgellm_sdk import checkpoint
+
+    export("gguf", str(uneven.path), tmp_path / "m.gguf", options={"type": "f32"}, gate=False)
+    back = resolve(str(tmp_path / "m.gguf"))
+    config = json.loads((back.path / "config.json").read_text())
+    assert widths.read(config, "m") == UNEVEN and config["model_type"] == "llama" and config["head_dim"] == 16
+    old, new = checkpoint.inspect(uneven.path), checkpoint.inspect(back.path)
+    assert set(old.tensors) == set(new.tensors)
+    for name in old.tensors:
+        assert (old.array(name) == new.array(name)).all(), name
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        assert torch.equal(uneven.load().model(ids).logits, back.load().model(ids).logits)

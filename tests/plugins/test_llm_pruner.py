@@ -442,6 +442,15 @@ def test_recovery_keeps_the_best_state_and_merges_it_exactly(
     assert (merged.load().model(ids).logits - plain.load().model(ids).logits).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("plugin", ["llm-pruner", "depth-prune"])
+def test_a_recovered_model_is_the_same_in_every_byte(plugin: str) -> None:
+    from edgellm_sdk.kit.conformance import checks
+
+    options = {"recovery_steps": 3, "recovery_length": 32, "recovery_checks": 2}
+    named = {check.__name__: check for check in checks(plugin, options)}
+    named["compress_repeats"]()
+
+
 def test_recovery_needs_examples_and_a_finite_loss(model: ModelHandle, tmp_path: Path) -> None:
     options = {"calibration_samples": 1, "calibration_length": 16, "recovery_steps": 2}
     with pytest.raises(DataError, match="fewer than two examples"):
