@@ -45,6 +45,8 @@ def export(model: ModelHandle, target: Any, config: Config, ctx: Context) -> Art
     for folder in model.adapters:
         gguf_lora.check_kind(folder, separate=False)
     slots, found = llama_family.slots(family), checkpoint.inspect(model.path)
+    for folder in model.adapters:
+        gguf_lora.check_places(folder, slots)
     packed = {hf: kind for hf in found.tensors if (kind := gguf_blocks.packed_type(found, hf))}
     if packed and model.adapters:
         raise ModelError(
