@@ -30,6 +30,7 @@ QUANTISATION_VERSION = 2  # of ggml's block layouts
 FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "IQ4_NL": 25, "BF16": 32}
 ENDS = ("model.embed_tokens.weight", "lm_head.weight")
 ROWS_AT_ONCE = 4096
+BYTES_AT_ONCE = 8 << 20
 
 
 def export(model: ModelHandle, target: Any, config: Config, ctx: Context) -> Artifact:
@@ -44,6 +45,8 @@ def export(model: ModelHandle, target: Any, config: Config, ctx: Context) -> Art
     for folder in model.adapters:
         gguf_lora.check_kind(folder, separate=False)
     slots, found = llama_family.slots(family), checkpoint.inspect(model.path)
+    for folder in model.adapters:
+        gguf_lora.check_places(folder, slots)
     packed = {hf: kind for hf in found.tensors if (kind := gguf_blocks.packed_type(found, hf))}
     if packed and model.adapters:
         raise ModelError(
@@ -62,7 +65,7 @@ def export(model: ModelHandle, target: Any, config: Config, ctx: Context) -> Art
     metadata = _general(name, family.gguf, plan) | llama_family.metadata(family) | tokenizer
     with ctx.progress("writing GGUF", len(plan)) as progress:
 
-        def data() -> Iterator[tuple[str, Array]]:
+        def data() -> Iterator[tuple[str, Array | Iterator[Array]]]:
             yield from factors.items()
             for pair in _stored(found, model.adapters, slots, packed, types):
                 yield pair
@@ -112,10 +115,9 @@ def _stored(
     slots: Mapping[str, llama_family.Slot],
     packed: Mapping[str, str],
     types: Mapping[str, str],
-) -> Iterator[tuple[str, Array]]:
-    """(GGUF name, array as stored) for every tensor: blocks as they are, floats with the adapters folded in."""
-    from edgellm_sdk.kit.adapters import merged
-
+) -> Iterator[tuple[str, Array | Iterator[Array]]]:
+    """(GGUF name, array as stored) for every tensor: blocks as they are, floats with the adapters folded in. Floats
+    that keep their rows' order come in parts of a few MiB: a large embedding is never in memory as a whole."""
     for name, tensor in found.tensors.items():
         slot = slots.get(name)
         if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and slot is None):
@@ -129,12 +131,24 @@ def _stored(
         if packed.get(name) == types[name]:
             yield slot.name, _ordered(gguf_blocks.packed_bytes(found, name), slot)
             continue
+        if tensor.stored in checkpoint.DTYPES and not adapters and not slot.heads and len(slot.shape) > 1:
+            yield slot.name, _parts(found, name, types[name])
+            continue
         array = found.array(name)
         for folder in adapters:
+            from edgellm_sdk.kit.adapters import merged
+
             array = merged(folder, name, array)
         if slot.shift:
             array = array + np.float32(slot.shift)
         yield slot.name, as_type(_ordered(array, slot), types[name], name)
+
+
+def _parts(found: checkpoint.Checkpoint, name: str, type_name: str) -> Iterator[Array]:
+    rows, columns = found.tensors[name].shape
+    step = max(1, BYTES_AT_ONCE // (4 * columns))
+    for first in range(0, rows, step):
+        yield as_type(found.array(name, slice(first, first + step)), type_name, name)
 
 
 def _ordered(rows: Array, slot: llama_family.Slot) -> Array:
