@@ -157,8 +157,8 @@ class Benchmark:
         kept = pruned.whole_of(self.base)
         layers = [method.Layer(blocks[row.layer], row, len(row.heads), len(row.channels)) for row in kept]
         scores: dict[str, list[float]] = {}
-        stream = self.ctx.stream("which channels")
-        places = [(stream.choice(range(len(layers))), stream.choice(range(layers[0].channels))) for _ in range(GROUPS)]
+        wide = layers[0].channels
+        places = [divmod(n, wide) for n in self.ctx.stream("channels").sample(range(wide * len(layers)), GROUPS)]
         for kind in ("element-first", "element-second", "element-mix", "vector", "l2"):
             method.score(
                 layers, model, windows, build(llm_pruner.Config, {"importance": kind}, "llm-pruner"), self.ctx, 0
