@@ -75,7 +75,10 @@ class Benchmark:
         return handle, told
 
     def options(self, recovery: int = 0) -> dict[str, Any]:
-        return {"ratio": self.given.ratio, "calibration_text": str(self.text), "recovery_steps": recovery}
+        return {
+            "ratio": self.given.ratio, "calibration_samples": self.given.samples, "calibration_text": str(self.text),
+            "recovery_steps": recovery,
+        }  # fmt: skip
 
     def recovered(self, name: str) -> dict[str, Any]:
         """What the plugin's `recovery_steps` do to the pruned model called `name`."""
@@ -154,8 +157,8 @@ class Benchmark:
         kept = pruned.whole_of(self.base)
         layers = [method.Layer(blocks[row.layer], row, len(row.heads), len(row.channels)) for row in kept]
         scores: dict[str, list[float]] = {}
-        stream = self.ctx.stream("which channels")
-        places = [(stream.choice(range(len(layers))), stream.choice(range(layers[0].channels))) for _ in range(GROUPS)]
+        wide = layers[0].channels
+        places = [divmod(n, wide) for n in self.ctx.stream("channels").sample(range(wide * len(layers)), GROUPS)]
         for kind in ("element-first", "element-second", "element-mix", "vector", "l2"):
             method.score(
                 layers, model, windows, build(llm_pruner.Config, {"importance": kind}, "llm-pruner"), self.ctx, 0
@@ -223,6 +226,7 @@ def checks(rows: dict[str, Any]) -> dict[str, bool | None]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ratio", type=float, default=0.25, help="share of the blocks' weights to remove")
+    parser.add_argument("--samples", type=int, default=10, help="windows of 128 tokens to judge by")
     parser.add_argument("--chunks", type=int, default=40, help="chunks of 512 tokens to score")
     parser.add_argument("--recovery", type=int, default=100, help="steps of recovery, 4 windows of 128 tokens each")
     parser.add_argument("--threads", type=int, default=2)
@@ -232,13 +236,14 @@ def main() -> int:
     parser.add_argument("--result", type=Path, default=RESULT)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    setting = {name: getattr(given, name) for name in ("ratio", "chunks", "recovery", "threads")}
+    setting = {name: getattr(given, name) for name in ("ratio", "samples", "chunks", "recovery", "threads")}
     result: dict[str, Any] = {"rows": {}}
     if given.result.is_file():
         result = json.loads(given.result.read_text())
         if result["setting"] != setting:
             print(f"{given.result} is of another setting {result['setting']}; remove it", file=sys.stderr)
             return 2
+    command = f"python cookbook/benchmarks/pruning.py {' '.join(sys.argv[1:])}".strip()
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         Path(given.work or folder).mkdir(parents=True, exist_ok=True)
@@ -249,7 +254,7 @@ def main() -> int:
                 continue
             result["rows"][name] = row()
             result |= {
-                "benchmark": "pruning", "command": "python cookbook/benchmarks/pruning.py", "setting": setting,
+                "benchmark": "pruning", "command": command, "setting": setting,
                 "model": {"name": "smollm2-135m", "digest": benchmark.base.digest}, "environment": environment(),
                 "checks": checks(result["rows"]),
             }  # fmt: skip

@@ -105,8 +105,10 @@ def cut(layer: nn.Module, kept: Kept) -> None:
     with torch.no_grad():
         for member, places in kept.places(repeat, head):
             old: Any = layer.get_submodule(member.module)
+            places = places.to(old.weight.device)
             weight = old.weight.index_select(member.axis, places)
-            new = nn.Linear(weight.shape[1], weight.shape[0], old.bias is not None, dtype=weight.dtype)
+            rows, columns = weight.shape
+            new = nn.Linear(columns, rows, old.bias is not None, device=weight.device, dtype=weight.dtype)
             new.weight.copy_(weight)
             if old.bias is not None:
                 new.bias.copy_(old.bias if member.axis else old.bias[places])
