@@ -65,23 +65,28 @@ class Entry:
     begin: int
     end: int
 
-    def read(self) -> Array:
-        """The array as stored (bfloat16 as its 16-bit words), in memory of its own."""
+    def read(self, rows: slice = slice(None)) -> Array:
+        """The array as stored (bfloat16 as its 16-bit words), or some of its rows, in memory of its own."""
         import numpy as np
 
         if self.dtype not in _NUMPY:
             raise ModelError(f"tensors of type {self.dtype} cannot be read", str(self.path))
         dtype = np.dtype(_NUMPY[self.dtype])
-        count = (self.end - self.begin) // dtype.itemsize
+        shape, row = self.shape, math.prod(self.shape[1:])
+        first = 0
+        if shape:
+            first, last, _ = rows.indices(shape[0])
+            shape = (max(0, last - first), *shape[1:])
+        count = math.prod(shape)
         try:
             with self.path.open("rb") as file:
-                file.seek(self.begin)
+                file.seek(self.begin + first * row * dtype.itemsize)
                 array = np.fromfile(file, dtype=dtype, count=count)
         except OSError as error:
             raise ModelError(f"cannot be read: {error.strerror}", str(self.path)) from None
         if array.size != count:
             raise ModelError("became shorter while it was read", str(self.path))
-        return array.reshape(self.shape)
+        return array.reshape(shape)
 
 
 @dataclass(frozen=True)
@@ -122,8 +127,8 @@ class Checkpoint:
         largest = max(sorted(sizes), key=lambda name: sizes[name])
         return DTYPES.get(largest, largest.lower())
 
-    def array(self, name: str) -> Array:
-        """One tensor, decoded: float32 for anything that was a float, integers and booleans as they are."""
+    def array(self, name: str, rows: slice = slice(None)) -> Array:
+        """One tensor, or some rows of a plain one, decoded: float32 for floats, integers and booleans as they are."""
         import numpy as np
 
         tensor = self.tensors[name]
@@ -143,10 +148,10 @@ class Checkpoint:
             except (ModelError, ValueError, IndexError) as error:
                 raise ModelError(f"{name[:60]} cannot be decoded: {str(error)[:80]}", where) from None
             return np.asarray(weight)
-        raw = tensor.parts[0].read()
+        raw = tensor.parts[0].read(rows)
         if tensor.stored == "BF16":
             return np.asarray((raw.astype(np.uint32) << np.uint32(16)).view(np.float32))
-        return raw.astype(np.float32) if raw.dtype.kind == "f" else raw
+        return raw.astype(np.float32, copy=False) if raw.dtype.kind == "f" else raw
 
 
 def gptq_version(settings: Mapping[str, Any]) -> int:

@@ -8,21 +8,31 @@ that loads and then speaks in other tokens is worse than none.
 from __future__ import annotations
 
 import json
+import math
 import re
 import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgellm_sdk import gguf_tokenizer_to_hf, widths
 from edgellm_sdk.errors import ModelError, printable
 from edgellm_sdk.gguf_file import GGUFFile, read
-from edgellm_sdk.store import atomic, write_bytes, write_json
+from edgellm_sdk.gguf_tokenizer_to_hf import value
+from edgellm_sdk.store import atomic, write_json
 
 if TYPE_CHECKING:
     from edgellm_sdk.types import Array
 
-VERSION = 1
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+VERSION = 2
+UNEVEN = "deci"  # ggml's llama for layers of different widths
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM", UNEVEN: "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM",
+    "gemma2": "Gemma2ForCausalLM", "gemma3": "Gemma3ForCausalLM", "phi3": "Phi3ForCausalLM",
+}  # fmt: skip
+_MODEL_TYPES = {"gemma3": "gemma3_text", UNEVEN: "llama"}
+_PERIODS = {"gemma2": 2, "gemma3": 6}  # every n-th layer sees all tokens, unless the file says which
+_HIDDEN_OVER_HEADS = {"gemma2": 46, "gemma3": 62}  # depth at which the engine scales attention by that
 _GLOBAL = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
@@ -41,57 +51,28 @@ _LAYER = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
-_GPT2 = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-_DIGITS = {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, _GPT2]}
-
-
-def _regex(digits: str) -> dict[str, Any]:
-    pattern = (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|" + digits + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|"
-        r"\s*[\r\n]+|\s+(?!\S)|\s+"
-    )
-    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-    return {"type": "Sequence", "pretokenizers": [split, {**_GPT2, "use_regex": False}]}
-
-
-# How each kind of tokenizer cuts text before merging, by llama.cpp's name for it.
-SPLITTERS: Mapping[str, dict[str, Any]] = {
-    "smollm": _DIGITS,
-    "starcoder": _DIGITS,
-    "refact": _DIGITS,
-    "command-r": _DIGITS,
-    "gpt-2": _GPT2,
-    "llama-bpe": _regex(r"\p{N}{1,3}"),
-    "llama3": _regex(r"\p{N}{1,3}"),
-    "qwen2": _regex(r"\p{N}"),
-}
-_NORMALIZERS = {"qwen2": {"type": "NFC"}}
-_WHOLE_WORDS_FIRST = ("llama-bpe", "llama3")
+_OTHER_LAYERS: Mapping[str, dict[str, str]] = {
+    "phi3": {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"},
+    **dict.fromkeys(_PERIODS, {
+        "ffn_norm": "pre_feedforward_layernorm", "post_attention_norm": "post_attention_layernorm",
+        "post_ffw_norm": "post_feedforward_layernorm",
+    }),
+}  # fmt: skip
 
 
 def convert(source: Path, folder: Path, progress: Callable[[float, str], None]) -> None:
     """Write the model in the GGUF file `source` into the existing, empty `folder`. ModelError for what it cannot."""
     file = read(source)
-    arch = _value(file, "general.architecture", str)
+    arch = value(file, "general.architecture", str)
     if arch not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         raise ModelError(f"has the architecture {printable(arch[:30])!r}; {known} can be converted", str(source))
     config = _config(file, arch)
-    tokens = _tokenizer(file, folder)
+    tokens = gguf_tokenizer_to_hf.convert(file, folder)
     if tokens != config["vocab_size"]:
         raise ModelError(f"has {tokens} tokens for {config['vocab_size']} embeddings", str(source))
     _weights(file, arch, config, folder / "model.safetensors", progress)
     write_json(folder / "config.json", config)
-
-
-def _value(file: GGUFFile, key: str, kind: type, default: Any = None) -> Any:
-    value = file.metadata.get(key, default)
-    if kind is float and type(value) is int:
-        value = float(value)
-    if type(value) is not kind:
-        raise ModelError(f"lacks the {kind.__name__} {key!r}", str(file.path))
-    return value
 
 
 def _short(value: float) -> float:
@@ -102,34 +83,33 @@ def _short(value: float) -> float:
 
 
 def _config(file: GGUFFile, arch: str) -> dict[str, Any]:
-    hidden = _value(file, f"{arch}.embedding_length", int)
-    heads = _value(file, f"{arch}.attention.head_count", int)
+    hidden = value(file, f"{arch}.embedding_length", int)
+    rows = _each_layer(file, arch)
+    heads = rows[0].heads
     if not 0 < heads <= hidden:
         raise ModelError(f"has {heads} heads for a width of {hidden}", str(file.path))
-    head = _value(file, f"{arch}.attention.key_length", int, hidden // heads)
-    rotated = _value(file, f"{arch}.rope.dimension_count", int, head)
-    scaling = file.metadata.get(f"{arch}.rope.scaling.type", "none")
+    head = value(file, f"{arch}.attention.key_length", int, hidden // heads)
     experts = file.metadata.get(f"{arch}.expert_count", 0)
-    if rotated != head or scaling != "none" or experts or "rope_freqs.weight" in file.tensors:
-        what = "experts" if experts else "a rope scaling or partial rotation"
+    if experts or "rope_freqs.weight" in file.tensors:
+        what = "experts" if experts else "a rope scaling by a table"
         raise ModelError(f"uses {what}, which is not converted yet", str(file.path), "give the model's HF folder")
     if "token_embd.weight" not in file.tensors:
         raise ModelError("has no tensor 'token_embd.weight'", str(file.path))
-    base = _short(_value(file, f"{arch}.rope.freq_base", float, 10000.0))
+    rope = _rope(file, arch, head)
     config = {
         "architectures": [ARCHITECTURES[arch]],
-        "model_type": arch,
+        "model_type": _MODEL_TYPES.get(arch, arch),
         "hidden_size": hidden,
-        "intermediate_size": _value(file, f"{arch}.feed_forward_length", int),
-        "num_hidden_layers": _value(file, f"{arch}.block_count", int),
+        "intermediate_size": rows[0].ffn,
+        "num_hidden_layers": value(file, f"{arch}.block_count", int),
         "num_attention_heads": heads,
-        "num_key_value_heads": _value(file, f"{arch}.attention.head_count_kv", int, heads),
+        "num_key_value_heads": rows[0].kv_heads,
         "head_dim": head,
         "hidden_act": "silu",
-        "max_position_embeddings": _value(file, f"{arch}.context_length", int),
-        "rms_norm_eps": _short(_value(file, f"{arch}.attention.layer_norm_rms_epsilon", float)),
-        "rope_theta": base,
-        "rope_parameters": {"rope_type": "default", "rope_theta": base},
+        "max_position_embeddings": value(file, f"{arch}.context_length", int),
+        "rms_norm_eps": _short(value(file, f"{arch}.attention.layer_norm_rms_epsilon", float)),
+        "rope_theta": rope["rope_theta"],
+        "rope_parameters": rope,
         "vocab_size": file.tensors["token_embd.weight"].shape[1],
         "tie_word_embeddings": "output.weight" not in file.tensors,
         "attention_bias": "blk.0.attn_q.bias" in file.tensors,
@@ -138,20 +118,124 @@ def _config(file: GGUFFile, arch: str) -> dict[str, Any]:
     }
     for name in ("bos", "eos", "padding"):
         token = file.metadata.get(f"tokenizer.ggml.{name}_token_id")
-        if type(token) is int:
+        if type(token) is int or arch in ("phi3", *_PERIODS):  # whose defaults are ids of another vocabulary
             config[f"{'pad' if name == 'padding' else name}_token_id"] = token
+    if arch == "phi3":
+        config["original_max_position_embeddings"] = value(
+            file, "phi3.rope.scaling.original_context_length", int, config["max_position_embeddings"]
+        )
+        config["sliding_window"] = file.metadata.get("phi3.attention.sliding_window") or None
+    if arch in _PERIODS:
+        config |= _gemma(file, arch, config)
+    if widths.uneven(rows):  # transformers wants heads that divide the width, which any layer's own need not
+        full = max(rows, key=lambda row: row.heads)
+        config |= {"num_attention_heads": hidden // head, "num_key_value_heads": full.kv_heads}
+        config = widths.written(config, rows)
+        widths.read(config, str(file.path))
     return config
 
 
-def _hf_name(name: str, layers: int) -> str | None:
+def _each_layer(file: GGUFFile, arch: str) -> list[widths.Widths]:
+    """The widths of every layer. ModelError unless a key holds one number above 0, or in `deci` one for each layer."""
+    layers = value(file, f"{arch}.block_count", int)
+    if not 0 < layers <= len(file.tensors):
+        raise ModelError(f"says it has {layers} layers, but holds {len(file.tensors)} tensors", str(file.path))
+    columns: list[list[int]] = []
+    for key in ("attention.head_count", "attention.head_count_kv", "feed_forward_length"):
+        if key == "attention.head_count_kv" and f"{arch}.{key}" not in file.metadata:
+            columns.append(columns[0])
+            continue
+        stored: Any = file.metadata.get(f"{arch}.{key}")
+        numbers = stored.tolist() if arch == UNEVEN and hasattr(stored, "tolist") else []
+        if len(numbers) == layers and all(type(number) is int for number in numbers):
+            columns.append(numbers)
+        else:
+            columns.append([value(file, f"{arch}.{key}", int)] * layers)
+    return [widths.Widths(*row) for row in zip(*columns, strict=True)]
+
+
+def _gemma(file: GGUFFile, arch: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Soft caps, windows, the scale of attention and, for gemma3, the rotary base of layers with a window."""
+    layers, heads = config["num_hidden_layers"], config["num_attention_heads"]
+    window = file.metadata.get(f"{arch}.attention.sliding_window", 4096 if arch == "gemma2" else 0)
+    pattern = file.metadata.get(f"{arch}.attention.sliding_window_pattern", _PERIODS[arch])
+    if type(pattern) is int:
+        slides = [(i + 1) % max(1, pattern) != 0 for i in range(layers)]
+    else:
+        slides = [bool(each) for each in pattern]
+    if type(window) is not int or len(slides) != layers:
+        raise ModelError("has a sliding window that does not fit its layers", str(file.path))
+    wide = layers == _HIDDEN_OVER_HEADS[arch]
+    caps = {name: file.metadata.get(f"{arch}.{name}_logit_softcapping") for name in ("attn", "final")}
+    found = {
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": config["hidden_size"] // heads if wide else config["head_dim"],
+        "sliding_window": window or 4096,
+        "layer_types": ["sliding_attention" if each and window else "full_attention" for each in slides],
+        **{f"{name}_logit_softcapping": _short(cap) if cap else None for name, cap in caps.items()},
+    }
+    if arch == "gemma2":
+        return found | {"tie_word_embeddings": True}
+    local = _short(value(file, "gemma3.rope.freq_base_swa", float, 10000.0))
+    nested = {"sliding_attention": {"rope_type": "default", "rope_theta": local}}
+    return found | {"rope_parameters": {**nested, "full_attention": config["rope_parameters"]}}
+
+
+def _rope(file: GGUFFile, arch: str, head: int) -> dict[str, Any]:
+    """`rope_parameters`. ModelError for a scaling that is not converted."""
+
+    def said(key: str) -> float | None:
+        name = f"{arch}.rope.scaling.{key}"
+        return _short(value(file, name, float)) if name in file.metadata else None
+
+    rope: dict[str, Any] = {
+        "rope_type": file.metadata.get(f"{arch}.rope.scaling.type", "none"),
+        "rope_theta": _short(value(file, f"{arch}.rope.freq_base", float, 10000.0)),
+    }
+    rotated = value(file, f"{arch}.rope.dimension_count", int, head)
+    if "rope_factors_long.weight" in file.tensors:
+        rope["rope_type"] = "longrope"
+        for kind in ("long", "short"):
+            values = file.tensor_bytes(f"rope_factors_{kind}.weight").view("<f4").ravel()
+            rope[f"{kind}_factor"] = [_short(each) for each in values]
+        rope["original_max_position_embeddings"] = said("original_context_length")
+        rope["attention_factor"] = said("attn_factor") or 1.0
+    elif rope["rope_type"] in ("linear", "yarn"):
+        rope["factor"] = said("factor")
+        if rope["rope_type"] == "yarn":
+            rope["original_max_position_embeddings"] = said("original_context_length")
+            pairs = (("beta_fast", "yarn_beta_fast"), ("beta_slow", "yarn_beta_slow"))
+            rope |= {theirs: said(ours) for theirs, ours in pairs if said(ours) is not None}
+            usual = 0.1 * math.log(rope["factor"] or 1.0) + 1
+            if said("attn_factor") is not None:
+                rope["attention_factor"] = usual * (said("attn_factor") or 1.0)
+    elif rope["rope_type"] == "none":
+        rope["rope_type"] = "default"
+    known = rope["rope_type"] in ("default", "linear", "yarn", "longrope")
+    if (
+        not known
+        or (rotated != head and arch != "phi3")
+        or (rope["rope_type"] == "longrope") != ("rope_factors_long.weight" in file.tensors)
+    ):
+        what = "uses a rope scaling or partial rotation, which is not converted yet"
+        raise ModelError(what, str(file.path), "give the model's HF folder")
+    if rope.get("original_max_position_embeddings"):
+        rope["original_max_position_embeddings"] = int(rope["original_max_position_embeddings"])
+    if rotated != head:
+        rope["partial_rotary_factor"] = rotated / head
+    return rope
+
+
+def _hf_name(name: str, layers: int, arch: str) -> str | None:
     stem, _, kind = name.rpartition(".")
     if kind not in ("weight", "bias"):
         return None
     if stem in _GLOBAL:
         return f"{_GLOBAL[stem]}.{kind}"
     match = re.fullmatch(r"blk\.(\d{1,4})\.(\w+)", stem, re.ASCII)
-    if match and match[2] in _LAYER and int(match[1]) < layers:
-        return f"model.layers.{int(match[1])}.{_LAYER[match[2]]}.{kind}"
+    named = _LAYER | _OTHER_LAYERS.get(arch, {})
+    if match and match[2] in named and int(match[1]) < layers:
+        return f"model.layers.{int(match[1])}.{named[match[2]]}.{kind}"
     return None
 
 
@@ -165,7 +249,9 @@ def _weights(
 
     names: dict[str, str] = {}
     for name in file.tensors:
-        known = _hf_name(name, config["num_hidden_layers"])
+        if name.startswith("rope_factors_"):
+            continue  # read with the configuration
+        known = _hf_name(name, config["num_hidden_layers"], arch)
         if known is None:
             raise ModelError(f"has the tensor {printable(name)!r}, which this architecture does not", str(file.path))
         names[known] = name
@@ -178,7 +264,7 @@ def _weights(
         offset += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
+    rows = widths.read(config, str(file.path)) if arch in ("llama", UNEVEN) else ()
     with atomic(target) as out:
         out.write(struct.pack("<Q", len(text)) + text)
         for done, known in enumerate(sorted(names)):
@@ -192,8 +278,11 @@ def _weights(
             if not np.isfinite(values).all():
                 raise ModelError(f"{info.name} holds values that are not finite", str(file.path))
             part = known.split(".")[-2]
-            if arch == "llama" and part in heads:
-                values = _unpermute(values, heads[part], file.path)
+            if rows and part in ("q_proj", "k_proj"):
+                row = rows[int(known.split(".")[2])]
+                values = _unpermute(values, row.heads if part == "q_proj" else row.kv_heads, file.path)
+            if arch in _PERIODS and part.endswith("norm"):
+                values = values - np.float32(1)
             out.write(np.ascontiguousarray(values).data)
             progress((done + 1) / len(names), f"decoding {known}")
 
@@ -214,80 +303,3 @@ def _unpermute(values: Array, heads: int, path: Path) -> Array:
     return np.asarray(values.reshape(heads, rows // heads // 2, 2, *values.shape[1:]).swapaxes(1, 2)).reshape(
         values.shape
     )
-
-
-def _tokenizer(file: GGUFFile, folder: Path) -> int:
-    """Write tokenizer.json and its companions; the number of tokens. ModelError for an unknown kind."""
-    where = str(file.path)
-    kind, pre = _value(file, "tokenizer.ggml.model", str), file.metadata.get("tokenizer.ggml.pre", "default")
-    if kind != "gpt2" or pre not in SPLITTERS:
-        what = printable(f"{kind}/{pre}"[:40])
-        raise ModelError(f"has a tokenizer of kind {what!r}, which is not converted", where, "give its HF folder")
-    tokens = _value(file, "tokenizer.ggml.tokens", list)
-    merges = _value(file, "tokenizer.ggml.merges", list)
-    kinds = [int(k) for k in file.metadata.get("tokenizer.ggml.token_type", [_NORMAL] * len(tokens))]
-    vocabulary = {token: i for i, token in enumerate(tokens)}
-    pairs = [merge.split(" ") for merge in merges]
-    if len(vocabulary) != len(tokens) or len(kinds) != len(tokens) or any(len(pair) != 2 for pair in pairs):
-        raise ModelError("has a token twice, a token without a kind or a broken merge", where)
-    if any(part not in vocabulary for pair in pairs for part in (*pair, pair[0] + pair[1])):
-        raise ModelError("has a merge whose parts are no tokens", where)
-    added = [
-        {"id": i, "content": token, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
-         "special": kinds[i] == _CONTROL}
-        for i, token in enumerate(tokens)
-        if kinds[i] in (_CONTROL, _USER_DEFINED)
-    ]  # fmt: skip
-    special: dict[str, Any] = {}
-    for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
-        token = file.metadata.get(f"tokenizer.ggml.{theirs}_token_id")
-        if type(token) is int:
-            if not 0 <= token < len(tokens):
-                raise ModelError(f"has the {ours} token {token} of {len(tokens)}", where)
-            special[f"{ours}_token"] = tokens[token]
-    add_bos = bool(file.metadata.get("tokenizer.ggml.add_bos_token", False)) and "bos_token" in special
-    write_json(
-        folder / "tokenizer.json",
-        {
-            "version": "1.0",
-            "truncation": None,
-            "padding": None,
-            "added_tokens": added,
-            "normalizer": _NORMALIZERS.get(pre),
-            "pre_tokenizer": SPLITTERS[pre],
-            "post_processor": _post(special["bos_token"], vocabulary) if add_bos else None,
-            "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
-            "model": {
-                "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-                "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
-                "ignore_merges": pre in _WHOLE_WORDS_FIRST, "vocab": vocabulary, "merges": pairs,
-            },
-        },
-    )  # fmt: skip
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": _value(file, f"{file.metadata['general.architecture']}.context_length", int),
-        "add_bos_token": add_bos,
-        **special,
-    }
-    write_json(folder / "tokenizer_config.json", settings)
-    template = file.metadata.get("tokenizer.chat_template")
-    if isinstance(template, str):
-        write_bytes(folder / "chat_template.jinja", template.encode())
-    stops = [file.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")]
-    ids = sorted({token for token in stops if type(token) is int})
-    generation = {"bos_token_id": file.metadata.get("tokenizer.ggml.bos_token_id"), "eos_token_id": ids}
-    write_json(folder / "generation_config.json", {key: value for key, value in generation.items() if value})
-    return len(tokens)
-
-
-def _post(bos: str, vocabulary: Mapping[str, int]) -> dict[str, Any]:
-    first = {"SpecialToken": {"id": bos, "type_id": 0}}
-    text = [{"Sequence": {"id": name, "type_id": number}} for number, name in enumerate("AB")]
-    return {
-        "type": "TemplateProcessing",
-        "single": [first, text[0]],
-        "pair": [first, text[0], {"SpecialToken": {"id": bos, "type_id": 1}}, text[1]],
-        "special_tokens": {bos: {"id": bos, "ids": [vocabulary[bos]], "tokens": [bos]}},
-    }

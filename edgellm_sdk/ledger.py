@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgellm_sdk import widths
 from edgellm_sdk.store import read_json
 
 if TYPE_CHECKING:
@@ -24,7 +25,22 @@ _LAYER = {
     "input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "post_attention_layernorm": "ffn_norm",
     "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+    "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm", "self_attn.qkv_proj": "attn_qkv",
+    "mlp.gate_up_proj": "ffn_up",
 }  # fmt: skip
+_GEMMA_LAYER = _LAYER | {
+    "post_attention_layernorm": "post_attention_norm", "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}  # fmt: skip
+ARCHITECTURES = {
+    "LlamaForCausalLM": "llama", "MistralForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3", "Gemma2ForCausalLM": "gemma2", "Gemma3ForCausalLM": "gemma3",
+    "Phi3ForCausalLM": "phi3",
+}  # fmt: skip
+_UNEVEN = "deci"  # ggml's llama for layers of different widths
+_INTERLEAVED = ("llama", _UNEVEN)
+_GEMMA = ("gemma2", "gemma3")  # gains are stored plus one, windows and soft caps are applied
+_COMPUTED = {"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"}  # from the configuration
 _OUTER = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 _NUMBERS = {
     "block_count": "num_hidden_layers",
@@ -59,15 +75,65 @@ def expected_facts(handle: ModelHandle) -> dict[str, Any]:
     folder = handle.path
     config = read_json(folder / "config.json")
     facts = {ours: config[theirs] for ours, theirs in _NUMBERS.items() if config.get(theirs) is not None}
+    kind = ARCHITECTURES.get(str((config.get("architectures") or [""])[0]))
+    if kind:
+        facts["architecture"] = kind
+    facts |= _attention_facts(config, kind) | _rope_facts(config)
+    if config.get(widths.TABLE):
+        facts |= _each_layer(widths.read(config, str(folder)))
+    facts |= _tokenizer_facts(folder, config)
+    return facts
+
+
+def _attention_facts(config: Mapping[str, Any], kind: str | None) -> dict[str, Any]:
+    """Heads, their sizes and, where the engine applies them, windows and soft caps."""
+    facts: dict[str, Any] = {}
     heads = config.get("num_attention_heads")
     if heads:
+        size = config.get("head_dim") or config.get("hidden_size", 0) // heads
+        rope = config.get("rope_parameters") or {}
+        share = rope.get("partial_rotary_factor") if isinstance(rope, dict) else None
         facts["attention.head_count_kv"] = config.get("num_key_value_heads") or heads
-        facts["rope.dimension_count"] = config.get("head_dim") or config.get("hidden_size", 0) // heads
-    rope = config.get("rope_parameters") or {}
-    base = rope.get("rope_theta", config.get("rope_theta")) if isinstance(rope, dict) else None
-    if base is not None:
-        facts["rope.freq_base"] = base
-    facts |= _tokenizer_facts(folder, config)
+        facts["attention.key_length"] = facts["attention.value_length"] = size
+        facts["rope.dimension_count"] = int(size * (share or config.get("partial_rotary_factor") or 1))
+    if kind in _GEMMA:
+        for theirs, ours in (
+            ("sliding_window", "attention.sliding_window"),
+            ("attn_logit_softcapping", "attn_logit_softcapping"),
+            ("final_logit_softcapping", "final_logit_softcapping"),
+        ):
+            if config.get(theirs):
+                facts[ours] = config[theirs]
+        if "sliding_attention" not in (config.get("layer_types") or ["sliding_attention"]):
+            facts.pop("attention.sliding_window", None)
+    return facts
+
+
+def _each_layer(rows: Sequence[widths.Widths]) -> dict[str, Any]:
+    """Widths as a file states them: one number, or an array where layers differ in any of the three."""
+    columns = zip(*((row.ffn, row.heads, row.kv_heads) for row in rows), strict=True)
+    names = ("feed_forward_length", "attention.head_count", "attention.head_count_kv")
+    uneven = widths.uneven(rows)
+    found = {name: list(column) if uneven else column[0] for name, column in zip(names, columns, strict=True)}
+    return found | ({"architecture": _UNEVEN} if uneven else {})
+
+
+def _rope_facts(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Bases and, for the kinds that are keys, the scaling."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        return {}
+    facts: dict[str, Any] = {}
+    local = config.get("rope_local_base_freq")
+    if isinstance(rope.get("full_attention"), dict):
+        local = (rope.get("sliding_attention") or {}).get("rope_theta", local)
+        rope = rope["full_attention"]
+    for base, key in ((rope.get("rope_theta", config.get("rope_theta")), "freq_base"), (local, "freq_base_swa")):
+        if base is not None:
+            facts[f"rope.{key}"] = float(base)
+    kind = rope.get("rope_type", rope.get("type"))
+    if kind in ("linear", "yarn"):
+        facts |= {"rope.scaling.type": kind, "rope.scaling.factor": float(rope.get("factor", 0))}
     return facts
 
 
@@ -108,10 +174,21 @@ def _tokenizer_facts(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def found_facts(file: GGUFFile) -> dict[str, Any]:
-    """The same keys from a GGUF file. `vocab_size` is the number of tokens it lists."""
+    """The same keys from a GGUF file, those it leaves out as the engine takes them. `vocab_size` is the number of
+    tokens it lists."""
     metadata = file.metadata
-    prefix = f"{metadata.get('general.architecture', '')}."
-    facts = {key[len(prefix) :]: value for key, value in metadata.items() if key.startswith(prefix)}
+    kind = str(metadata.get("general.architecture", ""))
+    facts: dict[str, Any] = {"architecture": kind, "rope.freq_base": 10000.0}
+    facts |= {
+        key[len(kind) + 1 :]: value.tolist() if hasattr(value, "tolist") else value
+        for key, value in metadata.items()
+        if key.startswith(f"{kind}.")
+    }
+    heads, width = facts.get("attention.head_count"), facts.get("embedding_length")
+    if isinstance(heads, int) and isinstance(width, int) and heads > 0:
+        for key in ("attention.key_length", "attention.value_length"):
+            facts.setdefault(key, width // heads)
+        facts.setdefault("rope.dimension_count", facts["attention.key_length"])
     facts["vocab_size"] = len(metadata.get("tokenizer.ggml.tokens", ()))
     embedding = file.tensors.get("token_embd.weight")
     if embedding is not None and embedding.shape[-1] != facts["vocab_size"]:
@@ -119,9 +196,10 @@ def found_facts(file: GGUFFile) -> dict[str, Any]:
     for name, key in (("eos", "tokenizer.ggml.eos_token_id"), ("bos", "tokenizer.ggml.bos_token_id")):
         if key in metadata:
             facts[name] = int(metadata[key])
-    for name, key in (("chat_template", "tokenizer.chat_template"), ("pre", "tokenizer.ggml.pre")):
-        if key in metadata:
-            facts[name] = str(metadata[key])
+    if "tokenizer.chat_template" in metadata:
+        facts["chat_template"] = str(metadata["tokenizer.chat_template"])
+    if metadata.get("tokenizer.ggml.model", "gpt2") == "gpt2" and "tokenizer.ggml.pre" in metadata:
+        facts["pre"] = str(metadata["tokenizer.ggml.pre"])  # the others have no rules to choose from
     if "tokenizer.ggml.add_bos_token" in metadata:
         facts["add_bos"] = bool(metadata["tokenizer.ggml.add_bos_token"])
     return facts
@@ -154,14 +232,15 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def gguf_name(name: str) -> str | None:
-    """The llama-family GGUF name of a transformers tensor, or None for one this ledger does not know."""
+def gguf_name(name: str, architecture: str = "llama") -> str | None:
+    """The GGUF name of a transformers tensor in a file of this architecture, or None for an unknown one."""
     stem, _, kind = name.rpartition(".")
     if stem in _OUTER:
         return f"{_OUTER[stem]}.{kind}"
     match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", stem)
-    if match and match[2] in _LAYER:
-        return f"blk.{match[1]}.{_LAYER[match[2]]}.{kind}"
+    layer = _GEMMA_LAYER if architecture in _GEMMA else _LAYER
+    if match and match[2] in layer:
+        return f"blk.{match[1]}.{layer[match[2]]}.{kind}"
     return None
 
 
@@ -169,6 +248,15 @@ def interleave(rows: Array, heads: int) -> Array:
     """Rows of q or k from half-split to interleaved rotary order: (heads * d, ...), the same shape."""
     half = len(rows) // heads // 2
     return rows.reshape(heads, 2, half, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+
+
+def _interleaved_heads(file: GGUFFile, name: str) -> int:
+    """The heads of the tensor `name` where ggml keeps its rows in interleaved order: those of its `llama` graph, which
+    is `deci` where layers differ. 0 elsewhere."""
+    kind, parts = file.metadata.get("general.architecture"), name.split(".")
+    key = {"attn_q": "head_count", "attn_k": "head_count_kv"}.get(parts[-2])
+    found = file.metadata.get(f"{kind}.attention.{key}", 0) if key and kind in _INTERLEAVED else 0
+    return int(found[int(parts[1])] if hasattr(found, "__getitem__") else found)
 
 
 @dataclass(frozen=True)
@@ -184,21 +272,18 @@ class WeightReport:
 
 
 def compare_weights(handle: ModelHandle, file: GGUFFile) -> WeightReport | None:
-    """Every tensor of the file against the source's, one at a time. None for architectures other than llama.
+    """Every tensor of the file against the source's, one at a time. None for architectures that are not in the table.
 
     A tensor passes when it decodes to the source's weights or to what its type's rounding makes of them.
     """
     import numpy as np
 
-    if file.metadata.get("general.architecture") != "llama" or handle.format != "hf":
+    kind = str(file.metadata.get("general.architecture"))
+    if kind not in (*ARCHITECTURES.values(), _UNEVEN) or handle.format != "hf":
         return None
-    heads = {
-        "attn_q": int(file.metadata["llama.attention.head_count"]),
-        "attn_k": int(file.metadata["llama.attention.head_count_kv"]),
-    }
     problems, seen, rounded, worst, ratio = [], set[str](), set[str](), "", 0.0
     for name, array in handle.tensors():
-        target = gguf_name(name)
+        target = gguf_name(name, kind)
         if target == "output.weight" and target not in file.tensors:
             continue  # tied: the loader takes the embedding
         if name.endswith("rotary_emb.inv_freq") or (
@@ -211,8 +296,10 @@ def compare_weights(handle: ModelHandle, file: GGUFFile) -> WeightReport | None:
         seen.add(target)
         want = np.asarray(array, dtype=np.float32)
         part = target.split(".")[-2]
-        if part in heads:
-            want = interleave(want, heads[part])
+        if kind in _GEMMA and part.endswith("norm"):
+            want = want + np.float32(1)
+        if heads := _interleaved_heads(file, target):
+            want = interleave(want, heads)
         info = file.tensors[target]
         if tuple(reversed(info.shape)) != want.shape:
             problems.append(f"{target} has shape {info.shape[::-1]}, not {want.shape}")
@@ -224,7 +311,7 @@ def compare_weights(handle: ModelHandle, file: GGUFFile) -> WeightReport | None:
         bound = known.get(info.type, _LOSSIEST)
         if not distance / bound <= ratio:
             worst, ratio = f"{target} ({info.type}) is off by {distance:.2g}, bound {bound:g}", distance / bound
-    extra = sorted(set(file.tensors) - seen - {"rope_freqs.weight"})
+    extra = sorted(set(file.tensors) - seen - _COMPUTED)
     problems += [f"{name} has no source" for name in extra]
     return WeightReport(len(seen), worst, ratio, tuple(sorted(rounded)), tuple(problems))
 
@@ -236,25 +323,22 @@ def compare_adapter(folder: Path | None, base: GGUFFile, file: GGUFFile) -> Weig
 
     from edgellm_sdk.kit import adapters
 
-    heads = {
-        "attn_q": int(base.metadata.get("llama.attention.head_count", 0)),
-        "attn_k": int(base.metadata.get("llama.attention.head_count_kv", 0)),
-    }
+    kind = str(base.metadata.get("general.architecture"))
     problems, seen, rounded, worst, ratio = [], set[str](), set[str](), "", 0.0
     for name, array in (adapters.arrays(folder) if folder is not None else {}).items():
         module, _, side = name.rpartition(".lora_")
-        stem = gguf_name(f"{module}.weight")
+        stem = gguf_name(f"{module}.weight", kind)
         target = f"{stem}.lora_{side.lower()}"
         if stem is None or target not in file.tensors:
             problems.append(f"{name} is not in the file")
             continue
         seen.add(target)
         want, info = np.asarray(array, np.float32), file.tensors[target]
-        part = stem.split(".")[-2]
         if side == "B" and folder is not None:
             rank = want.shape[1]
             want = want * np.float32(adapters.lora_scale(folder, module) * rank / file.metadata["adapter.lora.alpha"])
-            want = interleave(want, heads[part]) if heads.get(part) else want
+            heads = _interleaved_heads(base, stem)
+            want = interleave(want, heads) if heads else want
         if tuple(reversed(info.shape)) != want.shape:
             problems.append(f"{target} has shape {info.shape[::-1]}, not {want.shape}")
             continue

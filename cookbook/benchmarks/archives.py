@@ -31,7 +31,11 @@ SDISTS = {
     "llamafactory": (
         "llamafactory-0.9.5.tar.gz",
         "1702c0bfb864e80577a59521d2edcacd2aab05ec6aee06188fcba335a589681f",
-    )
+    ),
+    "llama_cpp_python": (
+        "llama_cpp_python-0.3.36.tar.gz",
+        "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e",
+    ),
 }
 TREC_LABELS = {
     "ABBR": "abbreviation", "DESC": "description", "ENTY": "thing", "HUM": "person", "LOC": "place", "NUM": "number",
@@ -49,7 +53,7 @@ def sdist(name: str) -> tarfile.TarFile:
     """A source package as an archive, as `wheel`.
 
     pip prepares the metadata of what it downloads, with the package's build backend. It checks the hash before, and
-    the packages named here build with hatchling and no hooks, so no code of theirs runs.
+    the packages named here build with hatchling or scikit-build-core, whose metadata runs no code of theirs.
     """
     file, sha256 = SDISTS[name]
     version = file.removesuffix(".tar.gz").rpartition("-")[2]

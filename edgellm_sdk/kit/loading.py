@@ -10,14 +10,15 @@ import contextlib
 import copy
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
-from edgellm_sdk import checkpoint
+from edgellm_sdk import checkpoint, widths
 from edgellm_sdk.errors import ConfigError, DeviceError, ModelError
 from edgellm_sdk.types import ModelHandle
 
@@ -114,6 +115,8 @@ def build(found: checkpoint.Checkpoint, dtype: torch.dtype) -> Any:
     settings.pop("quantization_config", None)  # decoded here; transformers would look for a GPTQ library
     settings.pop("auto_map", None)  # never run a model's own code
     where = str(found.folder)
+    layers = widths.read(settings, where) if settings.get(widths.TABLE) else ()
+    settings.pop(widths.TABLE, None)  # the library's own classes do not build layers by it
     with _quiet():
         try:
             config = transformers.AutoConfig.for_model(settings.pop("model_type"), **settings)
@@ -125,9 +128,10 @@ def build(found: checkpoint.Checkpoint, dtype: torch.dtype) -> Any:
             raise ModelError(f"its architecture {name[:60]!r} is unknown", where, "config.json: architectures")
         weights = dict(_tensors(found, dtype))
         try:
-            model, report = made.from_pretrained(
+            model, report = (_uneven(made, layers) if layers else made).from_pretrained(
                 None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
             )
+            model.__class__ = made
         except MemoryError:
             raise
         except Exception as error:
@@ -140,6 +144,29 @@ def build(found: checkpoint.Checkpoint, dtype: torch.dtype) -> Any:
     if surplus and name.endswith("ForCausalLM"):
         raise ModelError(f"has the tensor {surplus[0][:80]}, which {name} does not", where)
     return model
+
+
+def _uneven(made: Any, layers: Sequence[widths.Widths]) -> Any:
+    """`made` with layers of these widths, which its configuration cannot tell it. They are made before weights come."""
+
+    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        made.__init__(self, config, *args, **kwargs)
+        for layer, width in zip(self.model.layers, layers, strict=True):
+            attention, head = layer.self_attn, layer.self_attn.head_dim
+            for name, outputs in (("q_proj", width.heads), ("k_proj", width.kv_heads), ("v_proj", width.kv_heads)):
+                _resize(attention, name, rows=outputs * head)
+            _resize(attention, "o_proj", columns=width.heads * head)
+            attention.num_key_value_groups = width.heads // width.kv_heads
+            for name in ("gate_proj", "up_proj"):
+                _resize(layer.mlp, name, rows=width.ffn)
+            _resize(layer.mlp, "down_proj", columns=width.ffn)
+
+    return type(made.__name__, (made,), {"__init__": __init__, "__module__": made.__module__})
+
+
+def _resize(parent: nn.Module, name: str, rows: int = 0, columns: int = 0) -> None:
+    old: Any = getattr(parent, name)
+    setattr(parent, name, nn.Linear(columns or old.in_features, rows or old.out_features, old.bias is not None))
 
 
 def _tensors(found: checkpoint.Checkpoint, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:

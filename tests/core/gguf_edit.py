@@ -109,9 +109,14 @@ def interleaved(rows: Any, heads: int) -> Any:
     return rows.reshape(heads, 2, half, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
+def kind(draft: Draft) -> str:
+    return str(draft.metadata["general.architecture"][1])
+
+
 def _heads(draft: Draft, name: str) -> int:
-    key = {"attn_q": "llama.attention.head_count", "attn_k": "llama.attention.head_count_kv"}.get(name.split(".")[2])
-    return int(draft.metadata[key][1]) if key else 0
+    """Heads of a tensor whose rows ggml's llama graph wants as neighbours, else 0."""
+    key = {"attn_q": "head_count", "attn_k": "head_count_kv"}.get(name.split(".")[2])
+    return int(draft.metadata[f"llama.attention.{key}"][1]) if key and kind(draft) == "llama" else 0
 
 
 # Faults of the text side and of the layout; each takes a clean file's draft.
@@ -132,9 +137,17 @@ def wrong_template(draft: Draft) -> None:
 
 
 def swapped_rope(draft: Draft) -> None:
+    """Rows of q and k in the order of the other kind of graph."""
+    key = f"{kind(draft)}.attention.head_count"
+    q, k = int(draft.metadata[key][1]), int(draft.metadata[f"{key}_kv"][1])
+    change = halves if kind(draft) == "llama" else interleaved
     for name, tensor in draft.tensors.items():
-        if ".attn_q." in name or ".attn_k." in name:
-            tensor.data = np.ascontiguousarray(halves(tensor.data, _heads(draft, name)))
+        if name.endswith((".attn_q.weight", ".attn_k.weight")):
+            tensor.data = np.ascontiguousarray(change(tensor.data, q if ".attn_q." in name else k))
+        elif ".attn_qkv." in name:
+            size = len(tensor.data) // (q + 2 * k)
+            both = change(tensor.data[: q * size], q), change(tensor.data[q * size : (q + k) * size], k)
+            tensor.data = np.ascontiguousarray(np.concatenate([*both, tensor.data[(q + k) * size :]]))
 
 
 def wrong_eos(draft: Draft) -> None:
@@ -160,8 +173,8 @@ def truncated_vocabulary(draft: Draft) -> None:
     for key in ("tokenizer.ggml.tokens", "tokenizer.ggml.token_type", "tokenizer.ggml.scores"):
         if key in draft.metadata:
             draft.set(key, draft.metadata[key][1][:keep])
-    if "llama.vocab_size" in draft.metadata:
-        draft.set("llama.vocab_size", keep)
+    if f"{kind(draft)}.vocab_size" in draft.metadata:
+        draft.set(f"{kind(draft)}.vocab_size", keep)
     for name in ("token_embd.weight", "output.weight"):
         if name in draft.tensors:
             tensor = draft.tensors[name]
@@ -170,21 +183,26 @@ def truncated_vocabulary(draft: Draft) -> None:
 
 def wrong_epsilon(draft: Draft) -> None:
     """1e-6 for 1e-5: the usual mistake, and one that hardly moves the logits."""
-    key = "llama.attention.layer_norm_rms_epsilon"
+    key = f"{kind(draft)}.attention.layer_norm_rms_epsilon"
     draft.set(key, draft.metadata[key][1] / 10)
 
 
 def add_lora(
     folder: Path, base: Path, seed: int, layers: range, spread: float, scale: float, rank: int = 4
 ) -> dict[str, tuple[Any, Any]]:
-    """Write a seeded PEFT LoRA on q (square) and v of `layers` of the HF folder `base`; {GGUF name: (A, B)}."""
+    """Write a seeded PEFT LoRA on q (square) and v of `layers` of the HF folder `base`, or on o (square) and the fused
+    qkv where there is one; {GGUF name: (A, B)}."""
     draw, tensors, factors = np.random.default_rng(seed), {}, {}
     config = json.loads((base / "config.json").read_text())
     hidden = config["hidden_size"]
-    kv = config["num_key_value_heads"] * hidden // config["num_attention_heads"]
+    size = config.get("head_dim") or hidden // config["num_attention_heads"]
+    q, kv = config["num_attention_heads"] * size, config["num_key_value_heads"] * size
+    pair = (("q_proj", "attn_q", q), ("v_proj", "attn_v", kv))
+    if config["model_type"] == "phi3":
+        pair = (("o_proj", "attn_output", hidden), ("qkv_proj", "attn_qkv", q + 2 * kv))
     folder.mkdir()
     for layer in layers:
-        for module, short, out in (("q_proj", "attn_q", hidden), ("v_proj", "attn_v", kv)):
+        for module, short, out in pair:
             a = (spread * draw.standard_normal((rank, hidden))).astype(np.float32)
             b = (spread * draw.standard_normal((out, rank))).astype(np.float32)
             name = f"base_model.model.model.layers.{layer}.self_attn.{module}"
@@ -193,7 +211,7 @@ def add_lora(
     save_file(tensors, folder / "adapter_model.safetensors")
     about = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base.name, "r": rank,
-        "lora_alpha": rank * scale, "target_modules": ["q_proj", "v_proj"], "bias": "none",
+        "lora_alpha": rank * scale, "target_modules": [module for module, _, _ in pair], "bias": "none",
         "layers_to_transform": list(layers),
     }  # fmt: skip
     (folder / "adapter_config.json").write_text(json.dumps(about))

@@ -1,11 +1,12 @@
 """Our files against those of llama.cpp's own converter: same tensors, same bytes, same metadata.
 
 Opt in: EDGELLM_UPSTREAM_CONVERTER names an unpacked llama.cpp source folder (the source archive of llama-cpp-python
-holds one under `vendor/llama.cpp`).
+holds one under `vendor/llama.cpp`), or cookbook/benchmarks/exporter.py has left one in the cache folder.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -18,19 +19,28 @@ from edgellm_plugins.export.gguf import Config, edgellm_export
 
 from edgellm_sdk import gguf_file
 from edgellm_sdk.context import Context
+from edgellm_sdk.models import cache_folder
 from edgellm_sdk.types import ModelHandle
 
-SOURCE = Path(os.environ.get("EDGELLM_UPSTREAM_CONVERTER", ""))
+sys.path.insert(0, str(Path(__file__).parents[1] / "core"))
+import decoders  # noqa: E402
+
+CACHED = sorted(cache_folder().glob("benchmarks/llama_cpp_python-*/vendor/llama.cpp"))
+SOURCE = Path(os.environ.get("EDGELLM_UPSTREAM_CONVERTER") or (CACHED[-1] if CACHED else ""))
 pytestmark = pytest.mark.skipif(
     not (SOURCE / "convert_hf_to_gguf.py").is_file(),
-    reason="EDGELLM_UPSTREAM_CONVERTER does not name a llama.cpp source folder",
+    reason="no llama.cpp source folder: set EDGELLM_UPSTREAM_CONVERTER or run cookbook/benchmarks/exporter.py",
 )
 
 # Made from folder names and model cards; no engine reads them.
 DESCRIPTIVE = ("general.name", "general.basename", "general.size_label", "general.finetune", "general.version",
                "general.sampling", "general.license", "general.tags", "general.languages")  # fmt: skip
 # Keys that only we write, with the value that llama.cpp assumes when they are absent.
-OURS = {"tokenizer.ggml.add_bos_token": False}
+OURS = {
+    "tokenizer.ggml.add_bos_token": False,
+    # llama.cpp computes with it what the model computes; without it, with the usual attention factor
+    "qwen2.rope.scaling.attn_factor": None,
+}
 
 DRIVER = """
 import importlib.util, runpy, sys, types, transformers
@@ -77,7 +87,7 @@ def differences(folder: Path, tmp_path: Path, kind: str, known: str) -> tuple[li
     ignored |= {key for key in got.metadata if key.startswith(DESCRIPTIVE)}
     keys = (expected.metadata.keys() | got.metadata.keys()) - ignored
     for key in sorted(keys):
-        if key not in expected.metadata and key in OURS and got.metadata[key] == OURS[key]:
+        if key not in expected.metadata and key in OURS and OURS[key] in (None, got.metadata[key]):
             continue
         if not same(expected, got, key):
             wrong.append(f"{key}: {str(got.metadata.get(key))[:60]} for {str(expected.metadata.get(key))[:60]}")
@@ -137,6 +147,27 @@ def test_adapter(tiny_llama: Path, tmp_path: Path) -> None:
             f.tensor_bytes(name).view("<f4") * scale for f, scale in zip((got, expected), scales, strict=True)
         )
         np.testing.assert_array_equal(ours, other)
+
+
+def spec(kind: str) -> tuple[str, str]:
+    """(style of the tokenizer, name of the pre-tokenizer) that models of a kind have."""
+    style = {"mistral": "llama", "phi3": "llama", "gemma2": "gemma", "gemma3": "gemma"}.get(kind.split()[0], "")
+    return style, "qwen2" if kind.startswith("qwen2") else "smollm"
+
+
+@pytest.mark.parametrize("kind", [*decoders.KINDS, *decoders.VARIANTS])
+def test_every_architecture(kind: str, tmp_path: Path) -> None:
+    """Models of the kinds that have SentencePiece tokenizers have one here, with its `tokenizer.model`."""
+    style, known = spec(kind)
+    if style:
+        if importlib.util.find_spec("sentencepiece") is None:
+            pytest.skip("the upstream converter needs the package sentencepiece")
+        folder = decoders.with_sentencepiece(tmp_path / "model", kind, style)
+    else:
+        folder = decoders.write_kind(tmp_path / "model", kind)
+    wrong, compared = differences(folder, tmp_path, "f16", known)
+    assert wrong == []
+    assert compared > 35
 
 
 @pytest.mark.model

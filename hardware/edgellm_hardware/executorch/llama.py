@@ -109,6 +109,9 @@ class Llama(nn.Module):
             raise ModelError(f"{where} cannot be exported as a training program", fix="use a Llama-type model")
         if getattr(config, "sliding_window", None):
             raise ModelError(f"{where} uses sliding-window attention, which the training program does not compute")
+        keys = [getattr(layer.self_attn.k_proj, "base", layer.self_attn.k_proj) for layer in model.model.layers]
+        if len({key.out_features for key in keys}) > 1:
+            raise ModelError(f"{where} has layers with different numbers of heads, which it does not compute")
         self.layout, self.lowest = layout_of(trainables.initial), trainables.lowest
         places, at = {}, 0
         for name, (out, r) in self.layout.shapes.items():

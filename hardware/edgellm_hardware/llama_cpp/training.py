@@ -74,7 +74,7 @@ def linears(file: GGUFFile, spec: adapters.Spec) -> list[Linear]:
     ModelError for another architecture than llama, ConfigError when nothing matches.
     """
     found, about, where = [], file.metadata, str(file.path)
-    family = llama_family.GGUF_ARCHITECTURE
+    family = architectures.LLAMA.gguf
     if about.get("general.architecture") != family:
         named = printable(str(about.get("general.architecture")))[:30]
         raise ModelError(f"{named} models cannot be trained here yet", where, "Llama models can")
@@ -270,7 +270,7 @@ class Perturbed:
             arrays[f"{linear.tensor}.lora_b"] = llama_family.permute(b, linear.heads) if linear.heads else b
         about = {
             "general.type": Value("string", "adapter"),
-            "general.architecture": Value("string", llama_family.GGUF_ARCHITECTURE),
+            "general.architecture": Value("string", architectures.LLAMA.gguf),
             "general.name": Value("string", name),
             "adapter.type": Value("string", "lora"),
             "adapter.lora.alpha": Value("f32", float(self._spec.rank)),

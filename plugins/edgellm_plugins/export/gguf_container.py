@@ -97,12 +97,16 @@ def size(metadata: Mapping[str, Value], plan: Sequence[Planned]) -> int:
 
 
 def write(
-    target: Path, metadata: Mapping[str, Value], plan: Sequence[Planned], data: Iterable[tuple[str, Array]]
+    target: Path,
+    metadata: Mapping[str, Value],
+    plan: Sequence[Planned],
+    data: Iterable[tuple[str, Array | Iterable[Array]]],
 ) -> dict[str, Any]:
     """Write `target` and return what the strict reader confirmed: {"tensors", "bytes", "types", "sha256"}.
 
-    `data` yields (name, array in storage form: the planned type's own dtype, or uint8 blocks), in any order, each
-    planned tensor once. ModelError when a tensor is missing, surplus or of the wrong size, or does not read back.
+    `data` yields (name, array in storage form: the planned type's own dtype, or uint8 blocks; or its parts, first rows
+    first), in any order, each planned tensor once. ModelError when a tensor is missing, surplus or of the wrong size,
+    or does not read back.
     """
     header, offsets, whole = _header(metadata, plan)
     planned = {tensor.name: tensor for tensor in plan}
@@ -111,15 +115,22 @@ def write(
     try:
         with atomic(staged) as file:
             file.write(header)
-            for name, array in data:
+            for name, whole in data:
                 if name not in planned or name in digests:
                     raise ModelError(f"tensor {name!r} comes twice or does not belong to the model", str(target))
-                if array.nbytes != planned[name].nbytes:
-                    raise ModelError(f"tensor {name!r} has {array.nbytes} bytes, not {planned[name].nbytes}")
-                raw = array.reshape(-1).view("u1").data
+                left, sha = planned[name].nbytes, hashlib.sha256()
                 file.seek(offsets[name])
-                file.write(raw)
-                digests[name] = hashlib.sha256(raw).hexdigest()
+                for part in [whole] if hasattr(whole, "nbytes") else whole:
+                    left -= part.nbytes
+                    if left < 0:
+                        break
+                    raw = part.reshape(-1).view("u1").data
+                    file.write(raw)
+                    sha.update(raw)
+                if left:
+                    size = planned[name].nbytes
+                    raise ModelError(f"tensor {name!r} has {size - left} bytes, not {size}")
+                digests[name] = sha.hexdigest()
             missing = sorted(planned.keys() - digests.keys())
             if missing:
                 raise ModelError(f"the model lacks {len(missing)} tensors, first the one for {missing[0]!r}")

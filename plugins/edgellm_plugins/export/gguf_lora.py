@@ -29,9 +29,7 @@ def check_kind(folder: Path, separate: bool) -> None:
     kind = adapters.kind(folder)
     if kind in adapters.UNMERGEABLE:
         what = "adds keys" if kind == "prefix" else "adds layers"
-        raise ModelError(
-            f"{adapters.UNMERGEABLE[kind]} {what} that GGUF llama lacks", str(folder), "train a LoRA instead"
-        )
+        raise ModelError(f"{adapters.UNMERGEABLE[kind]} {what} that GGUF lacks", str(folder), "train a LoRA instead")
     if separate and kind in adapters.WEIGHTY:
         raise ModelError(f"trained {kind} are no LoRA and cannot be a file of their own", str(folder), MERGE)
     if kind not in ("lora", "lora-fa"):
@@ -42,6 +40,23 @@ def check_kind(folder: Path, separate: bool) -> None:
             raise ModelError(f"its {key} cannot be expressed in GGUF", str(folder), "merge it with peft")
     if config.get("bias", "none") != "none":
         raise ModelError("its trained biases cannot be expressed in GGUF", str(folder), "merge it with peft")
+
+
+def check_places(folder: Path, slots: Mapping[str, llama_family.Slot]) -> None:
+    """ModelError when a tensor of an adapter that is to be merged has no place in the model: it would be lost."""
+    from edgellm_sdk.kit import adapters
+
+    for name in sorted(adapters.arrays(folder)):
+        module, mark, part = name.rpartition(".lora_")
+        if (f"{module}.weight" if mark else name) in slots and (not mark or part in ("A", "B")):
+            continue
+        reason, fix = "the model has no such tensor", "give the model it was trained on"
+        if "lm_head" in name:
+            reason = "the head of this model is its embedding, and a change of one would change both"
+            fix = "untie the model before training, or leave lm_head out"
+        elif "lora_embedding" in name:
+            reason, fix = "a LoRA on the embedding cannot be merged here", "merge it with peft"
+        raise ModelError(f"{printable(name)[:80]} cannot be in the file: {reason}", str(folder), fix)
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -83,10 +98,10 @@ def factors(folder: Path, model: llama_family.Llama) -> dict[str, Array]:
     return found
 
 
-def metadata(folder: Path, name: str) -> dict[str, Value]:
+def metadata(folder: Path, name: str, model: llama_family.Llama) -> dict[str, Value]:
     return {
         "general.type": Value("string", "adapter"),
-        "general.architecture": Value("string", llama_family.GGUF_ARCHITECTURE),
+        "general.architecture": Value("string", model.gguf),
         "general.name": Value("string", name),
         "adapter.type": Value("string", "lora"),
         "adapter.lora.alpha": Value("f32", float(_config(folder)["r"])),

@@ -27,11 +27,9 @@ def layout(model: ModelHandle) -> Layout:
     family = llama_family.read(model.path)
     slots = llama_family.slots(family)
     plan = [Planned(s.name, s.shape, "F16" if len(s.shape) > 1 else "F32") for s in slots.values()]
-    factors = llama_family.rope_factors(family)
-    if factors is not None:
-        plan.append(Planned("rope_freqs.weight", factors.shape, "F32"))
-    tokenizer, _ = gguf_tokenizer.metadata(model, family.vocabulary)
-    metadata = general(model.name or model.path.name, plan) | llama_family.metadata(family) | tokenizer
+    plan += [Planned(key, array.shape, "F32") for key, array in rotary.factors(family).items()]
+    tokenizer, _, _ = gguf_tokenizer.metadata(model, family.vocabulary)
+    metadata = general(model.name or model.path.name, family.gguf, plan) | llama_family.metadata(family) | tokenizer
     whole = gguf_container.size(metadata, plan)
     matrices = {hf: (s.shape[0], s.shape[1]) for hf, s in slots.items() if len(s.shape) == 2}
     return Layout(whole - sum(padded(2 * rows * columns) for rows, columns in matrices.values()), matrices)

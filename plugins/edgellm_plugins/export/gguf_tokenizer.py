@@ -1,4 +1,4 @@
-"""A byte-level BPE tokenizer as GGUF metadata.
+"""A tokenizer as GGUF metadata; those made by SentencePiece are in `gguf_sentencepiece`.
 
 llama.cpp hard-codes the pre-tokenizers (the regular expressions that cut text before merging) and a file only names
 one, so a wrong name gives silently different ids. The name is found as the upstream converter finds it, by the sha256
@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgellm_plugins.export import gguf_sentencepiece
 from edgellm_plugins.export.gguf_container import Value
 from edgellm_sdk.checkpoint import read_json
 from edgellm_sdk.errors import ModelError, printable
@@ -42,15 +43,40 @@ KNOWN = {
     "c136ed14d01c2745d4f60a9596ae66800e2b61fa45643e72436041855ad4089d": "smaug-bpe",
     "63b97e4253352e6f357cc59ea5b583e3a680eaeaf2632188c2b952de2588485e": "tekken",
     "9d032fcbd5501f4a38150912590928bfb36091efb5df11b8e2124b0390e3fb1e": "falcon3",
+    "e636dc30a262dcc0d8c323492e32ae2b70728f4df7dfe9737d9f920a282b8aea": "qwen2",
+    "d4540891389ea895b53b399da6ac824becc30f2fba0e9ddbb98f92e55ca0e97c": "qwen2",
+    "b3f499bb4255f8ca19fccd664443283318f2fd2414d5e0b040fbdd0cc195d6c5": "deepseek-r1-qwen",
+    "d30d75d9059f1aa2c19359de71047b3ae408c70875e8a3ccf8c5fba56c9d8af4": "qwen35",
+    "877081d19cf6996e2c4ff0e1236341e9b7bde288f5311a56a937f0afbbb3aeb5": "deepseek-v3",
+    "a8594e3edff7c29c003940395316294b2c623e09894deebbc65f33f1515df79e": "dbrx",
+    "ccc2ef013c104be7bae2965776d611e1d7a8a2a9c547dd93a682c9a9fc80352e": "gpt-4o",
+    "0e9433cbbb161f89e264eb32e8e64bfe69e834973ffca5d41d3948a604a3e2a3": "pixtral",
+    "fcace8b9cac38ce847670c970cd5892031a753a1ef381abd1d9af00f713da085": "phi-2",
+    "6221ad2852e85ce96f791f476e0b390cf9b474c9e3d1362f53a24a06dc8220ff": "refact",
+    "9c2227e4dd922002fb81bde4fc02b0483ca4f12911410dee2255e4987644e3f8": "command-r",
+    "32d85c31273f8019248f2559fed492d929ea28b17e51d81d3bb36fff23ca72b3": "stablelm2",
+    "b6dc8df998e1cfbdc4eac8243701a65afe638679230920b50d6f17d81c098166": "olmo",
+    "8aeee3860c56296a157a1fe2fad249ec40aa59b1bb5709f4ade11c4e6fe652ed": "falcon",
+    "a6b57017d60e6edb4d88ecc2845188e0eb333a70357e45dcc9b53964a73bbae6": "falcon-h1",
+    "169bf0296a13c4d9b7672313f749eb36501d931022de052aad6e36f2bf34dd51": "lfm2",
+    "d5f1dd6f980fec569fb218a81a7658ac45fc56b38c5a0adeb1c232fbe04ef5ec": "seed-coder",
 }
-_LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-    r"|\s+(?!\S)|\s+"
-)
 
 
-def metadata(model: ModelHandle, vocabulary: int) -> tuple[dict[str, Value], str]:
-    """The `tokenizer.*` keys of the tokenizer that transformers loads, and how its pre-tokenizer was recognised.
+def _words(digits: str) -> str:
+    """The expression of Llama 3 and Qwen 2, which only differ in how many digits they keep together."""
+    return (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|" + digits + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+        r"|\s+(?!\S)|\s+"
+    )
+
+
+_LLAMA3, _QWEN2 = _words(r"\p{N}{1,3}"), _words(r"\p{N}")
+
+
+def metadata(model: ModelHandle, vocabulary: int) -> tuple[dict[str, Value], str, list[str]]:
+    """The `tokenizer.*` keys of the tokenizer that transformers loads, how its pre-tokenizer was recognised, and what
+    llama.cpp will read otherwise.
 
     `vocabulary` is the number of rows of the embedding; ids without a token become `[PADi]`, unused. ModelError for
     tokenizers that llama.cpp would not reproduce.
@@ -58,6 +84,27 @@ def metadata(model: ModelHandle, vocabulary: int) -> tuple[dict[str, Value], str
     tokenizer, folder = _load(model), model.path
     where = str(folder / "tokenizer.json")
     definition = json.loads(tokenizer.to_str())
+    pieces = gguf_sentencepiece.is_sentencepiece(definition)
+    if pieces:
+        rows, how = gguf_sentencepiece.metadata(folder, definition, vocabulary, where)
+    else:
+        rows, how = _byte_level(tokenizer, definition, vocabulary, where)
+    settings = _optional_json(folder / "tokenizer_config.json")
+    rows |= _special_ids(tokenizer, settings, _optional_json(folder / "config.json"), vocabulary, where)
+    rows |= _other_ends(model, rows, where)
+    rows |= _added(tokenizer, rows, where)
+    if isinstance(settings.get("add_prefix_space"), bool) and not pieces:
+        rows["add_space_prefix"] = Value("bool", settings["add_prefix_space"])
+    found = {f"tokenizer.ggml.{key}": value for key, value in rows.items()}
+    template = chat_template(folder)
+    if template:
+        found["tokenizer.chat_template"] = Value("string", template)
+    return found, how, [*limits(definition), *gguf_sentencepiece.limits(definition)]
+
+
+def _byte_level(
+    tokenizer: Any, definition: Mapping[str, Any], vocabulary: int, where: str
+) -> tuple[dict[str, Value], str]:
     _require_bpe(definition, where)
     pre, how = _pretokenizer(tokenizer, definition, where)
     tokens, types = _tokens(tokenizer, definition, vocabulary, where)
@@ -68,17 +115,7 @@ def metadata(model: ModelHandle, vocabulary: int) -> tuple[dict[str, Value], str
         "token_type": Value("array[i32]", types),
         "merges": Value("array[string]", _merges(definition["model"]["merges"], where)),
     }
-    settings = _optional_json(folder / "tokenizer_config.json")
-    rows |= _special_ids(tokenizer, settings, _optional_json(folder / "config.json"), len(tokens), where)
-    rows |= _other_ends(model, rows, where)
-    rows |= _added(tokenizer, rows, where)
-    if isinstance(settings.get("add_prefix_space"), bool):
-        rows["add_space_prefix"] = Value("bool", settings["add_prefix_space"])
-    found = {f"tokenizer.ggml.{key}": value for key, value in rows.items()}
-    template = chat_template(folder)
-    if template:
-        found["tokenizer.chat_template"] = Value("string", template)
-    return found, how
+    return rows, how
 
 
 def _load(model: ModelHandle) -> Any:
@@ -104,7 +141,7 @@ def _require_bpe(definition: Mapping[str, Any], where: str) -> None:
     model = definition["model"]
     if model.get("type") != "BPE" or (definition.get("decoder") or {}).get("type") != "ByteLevel":
         kind = printable(str(model.get("type")))[:40]
-        raise ModelError(f"is a {kind} tokenizer; only byte-level BPE can be exported", where)
+        raise ModelError(f"is a {kind} tokenizer; byte-level BPE and SentencePiece can be exported", where)
     for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
         if model.get(key):
             raise ModelError(f"its BPE uses {key}, which GGUF cannot say", where)
@@ -124,8 +161,10 @@ def _pretokenizer(tokenizer: Any, definition: Mapping[str, Any], where: str) -> 
 
 
 def _by_structure(definition: Mapping[str, Any]) -> str | None:
-    """The llama.cpp name of a pre-tokenizer whose definition equals it rule for rule, else None."""
-    if definition.get("normalizer"):
+    """The llama.cpp name of a pre-tokenizer whose definition equals it rule for rule, else None. Qwen's NFC is let
+    through: llama.cpp has it for no tokenizer, which shows on decomposed letters only (see `limits`)."""
+    normalizer = definition.get("normalizer")
+    if normalizer and normalizer != {"type": "NFC"}:
         return None
     cut = definition.get("pre_tokenizer") or {}
     steps = cut.get("pretokenizers", []) if cut.get("type") == "Sequence" else [cut]
@@ -135,9 +174,25 @@ def _by_structure(definition: Mapping[str, Any]) -> str | None:
         (("bytes", True),): ("gpt-2", False),
         (("digits",), ("bytes", True)): ("smollm", False),
         (("split", _LLAMA3), ("bytes", False)): ("llama-bpe", True),
+        (("split", _QWEN2), ("bytes", False)): ("qwen2", False),
     }
     name, ignores = known.get(described, (None, merges_whole_words))
-    return name if ignores == merges_whole_words else None
+    if ignores != merges_whole_words or (normalizer and name != "qwen2"):
+        return None
+    return name
+
+
+def limits(definition: Mapping[str, Any]) -> list[str]:
+    """What llama.cpp will read otherwise than this tokenizer, in words."""
+    found = []
+    normalizer = definition.get("normalizer") or {}
+    if normalizer.get("type") == "NFC":
+        found.append("llama.cpp does not compose letters (NFC): give it composed text, as keyboards make it")
+    strips = [t for t in definition.get("added_tokens", []) if t.get("lstrip") or t.get("rstrip")]
+    if strips:
+        names = ", ".join(printable(str(token["content"]))[:30] for token in strips[:3])
+        found.append(f"llama.cpp keeps the spaces beside added tokens that drop them: {names}")
+    return found
 
 
 def _step(step: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -149,11 +204,6 @@ def _step(step: Mapping[str, Any]) -> tuple[Any, ...]:
         case "Split" if step.get("behavior") == "Isolated" and not step.get("invert"):
             return "split", (step.get("pattern") or {}).get("Regex")
     return ("unknown",)
-
-
-def _looks_special(token: str) -> bool:
-    """Markers that some models leave unflagged although a reader must never see them."""
-    return token in ("<pad>", "<mask>") or (token.startswith("<|") and token.endswith("|>"))
 
 
 def _tokens(tokenizer: Any, definition: Mapping[str, Any], vocabulary: int, where: str) -> tuple[list[str], list[int]]:
@@ -178,7 +228,7 @@ def _tokens(tokenizer: Any, definition: Mapping[str, Any], vocabulary: int, wher
             if not token.get("normalized"):  # llama.cpp looks for the text as it stands in the input
                 encoded = tokenizer.encode(text, add_special_tokens=False).ids
                 text = tokenizer.decode(encoded, skip_special_tokens=False)
-            control = token.get("special") or _looks_special(text)
+            control = token.get("special") or gguf_sentencepiece.looks_special(text)
             tokens.append(text)
             types.append(CONTROL if control else USER_DEFINED)
         else:

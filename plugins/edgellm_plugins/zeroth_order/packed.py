@@ -242,7 +242,7 @@ class _Hollow(ModelHandle):
 class _HollowFolder(checkpoint.Checkpoint):
     absent: frozenset[str] = frozenset()
 
-    def array(self, name: str) -> Array:
+    def array(self, name: str, rows: slice = slice(None)) -> Array:
         if name in self.absent:
-            return np.lib.stride_tricks.as_strided(np.zeros(1, np.float32), self.tensors[name].shape, (0, 0))
-        return super().array(name)
+            return np.lib.stride_tricks.as_strided(np.zeros(1, np.float32), self.tensors[name].shape, (0, 0))[rows]
+        return super().array(name, rows)

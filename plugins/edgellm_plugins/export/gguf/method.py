@@ -22,6 +22,7 @@ from edgellm_plugins.export import (
     gguf_tokenizer,
     llama_family,
     ollama,
+    rotary,
 )
 from edgellm_plugins.export.gguf_container import Planned, Value
 from edgellm_sdk import checkpoint, store
@@ -42,6 +43,7 @@ FILE_TYPES = {
 }  # fmt: skip
 ENDS = ("model.embed_tokens.weight", "lm_head.weight")
 ROWS_AT_ONCE = 4096
+BYTES_AT_ONCE = 8 << 20
 
 
 def export(model: ModelHandle, target: Any, config: Config, ctx: Context) -> Artifact:
@@ -58,6 +60,8 @@ def export(model: ModelHandle, target: Any, config: Config, ctx: Context) -> Art
     for folder in model.adapters:
         gguf_lora.check_kind(folder, separate=False)
     slots, found = llama_family.slots(family), checkpoint.inspect(model.path)
+    for folder in model.adapters:
+        gguf_lora.check_places(folder, slots)
     packed = {hf: kind for hf in found.tensors if (kind := gguf_blocks.packed_type(found, hf))}
     if packed and model.adapters:
         raise ModelError(
@@ -67,23 +71,25 @@ def export(model: ModelHandle, target: Any, config: Config, ctx: Context) -> Art
         )
     types = choose_types(slots, packed, config, ctx)
     plan = [Planned(slot.name, slot.shape, types[hf]) for hf, slot in slots.items()]
-    factors = llama_family.rope_factors(family)
-    if factors is not None:
-        plan.append(Planned("rope_freqs.weight", factors.shape, "F32"))
-    tokenizer, how = gguf_tokenizer.metadata(model, family.vocabulary)
-    ctx.note(how)
-    metadata = general(name, plan) | llama_family.metadata(family) | tokenizer
+    factors = rotary.factors(family)
+    plan += [Planned(key, array.shape, "F32") for key, array in factors.items()]
+    tokenizer, how, unlike = gguf_tokenizer.metadata(model, family.vocabulary)
+    limits = [*llama_family.limits(family), *unlike]
+    for note in (how, *limits):
+        ctx.note(note)
+    metadata = general(name, family.gguf, plan) | llama_family.metadata(family) | tokenizer
     with ctx.progress("writing GGUF", len(plan)) as progress:
 
-        def data() -> Iterator[tuple[str, Array]]:
-            if factors is not None:
-                yield "rope_freqs.weight", factors
+        def data() -> Iterator[tuple[str, Array | Iterator[Array]]]:
+            yield from factors.items()
             for pair in _stored(found, model.adapters, slots, packed, types):
                 yield pair
                 progress.advance()
 
         facts = gguf_container.write(target, metadata, plan, data())
     verified = {"reader": facts, "kind": "model", "tokenizer": how, "tensor_types": _census(plan)}
+    if limits:
+        verified["limits"] = limits
     files = [target]
     if config.modelfile:
         files.append(_modelfile(model.path, target, config.temperature))
@@ -138,27 +144,40 @@ def _stored(
     slots: Mapping[str, llama_family.Slot],
     packed: Mapping[str, str],
     types: Mapping[str, str],
-) -> Iterator[tuple[str, Array]]:
-    """(GGUF name, array as stored) for every tensor: blocks as they are, floats with the adapters folded in."""
-    from edgellm_sdk.kit.adapters import merged
-
+) -> Iterator[tuple[str, Array | Iterator[Array]]]:
+    """(GGUF name, array as stored) for every tensor: blocks as they are, floats with the adapters folded in. Floats
+    that keep their rows' order come in parts of a few MiB: a large embedding is never in memory as a whole."""
     for name, tensor in found.tensors.items():
         slot = slots.get(name)
-        if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and found.tied):
-            continue
+        if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and slot is None):
+            continue  # a constant; a tied head, of which the engine takes the embedding
         if slot is None:
             if name.endswith(".bias") and not np.any(found.array(name)):
                 continue  # GPTQ tools store biases of zero for layers that have none
-            raise ModelError(f"tensor {name[:80]!r} has no place in a GGUF llama model", str(found.folder))
+            raise ModelError(f"tensor {name[:80]!r} has no place in a GGUF model of its kind", str(found.folder))
         if tensor.shape != slot.shape:
             raise ModelError(f"{name!r} is {tensor.shape}, config.json says {slot.shape}", str(found.folder))
         if packed.get(name) == types[name]:
             yield slot.name, _ordered(gguf_blocks.packed_bytes(found, name), slot)
             continue
+        if tensor.stored in checkpoint.DTYPES and not adapters and not slot.heads and len(slot.shape) > 1:
+            yield slot.name, _parts(found, name, types[name])
+            continue
         array = found.array(name)
         for folder in adapters:
+            from edgellm_sdk.kit.adapters import merged
+
             array = merged(folder, name, array)
+        if slot.shift:
+            array = array + np.float32(slot.shift)
         yield slot.name, as_type(_ordered(array, slot), types[name], name)
+
+
+def _parts(found: checkpoint.Checkpoint, name: str, type_name: str) -> Iterator[Array]:
+    rows, columns = found.tensors[name].shape
+    step = max(1, BYTES_AT_ONCE // (4 * columns))
+    for first in range(0, rows, step):
+        yield as_type(found.array(name, slice(first, first + step)), type_name, name)
 
 
 def _ordered(rows: Array, slot: llama_family.Slot) -> Array:
@@ -199,14 +218,14 @@ def _census(plan: Sequence[Planned]) -> dict[str, int]:
     return dict(counted)
 
 
-def general(name: str, plan: Sequence[Planned]) -> dict[str, Value]:
+def general(name: str, architecture: str, plan: Sequence[Planned]) -> dict[str, Value]:
     """The `general.*` keys; the file type is the one most weights have."""
     weights: Counter[str] = Counter()
     for tensor in plan:
         if len(tensor.shape) > 1:
             weights[tensor.type] += tensor.shape[0] * tensor.shape[1]
     return {
-        "general.architecture": Value("string", llama_family.GGUF_ARCHITECTURE),
+        "general.architecture": Value("string", architecture),
         "general.type": Value("string", "model"),
         "general.name": Value("string", name),
         "general.file_type": Value("u32", FILE_TYPES[weights.most_common(1)[0][0]]),
@@ -223,7 +242,7 @@ def _export_adapter(
         raise ConfigError(f"a GGUF adapter is f32 or f16, not {config.type}")
     folder = model.adapters[0]
     plan, data = gguf_lora.plan(gguf_lora.factors(folder, family), "F16" if config.type == "f16" else "F32")
-    facts = gguf_container.write(target, gguf_lora.metadata(folder, name), plan, data)
+    facts = gguf_container.write(target, gguf_lora.metadata(folder, name, family), plan, data)
     return _artifact([target], model, {"reader": facts, "kind": "adapter"})
 
 
