@@ -103,6 +103,8 @@ def write(
     first), in any order, each planned tensor once. ModelError when a tensor is missing, surplus or of the wrong size,
     or does not read back.
     """
+    import numpy as np
+
     header, offsets, size = _header(metadata, plan)
     planned = {tensor.name: tensor for tensor in plan}
     digests: dict[str, str] = {}
@@ -115,7 +117,7 @@ def write(
                     raise ModelError(f"tensor {name!r} comes twice or does not belong to the model", str(target))
                 left, sha = planned[name].nbytes, hashlib.sha256()
                 file.seek(offsets[name])
-                for part in [whole] if hasattr(whole, "nbytes") else whole:
+                for part in [whole] if isinstance(whole, np.ndarray) else whole:
                     left -= part.nbytes
                     if left < 0:
                         break

@@ -182,7 +182,8 @@ def _from_merges(definition: Mapping[str, Any], where: str) -> Pieces:
                     where,
                     "put the tokenizer.model beside it",
                 )
-    scores, types = [], []
+    scores: list[float] = []
+    types: list[int] = []
     for text in texts:
         byte = _BYTE.fullmatch(text) is not None
         scores.append(0.0 if byte or text in own else -float(order.get(text, len(order) + len(scores))))
