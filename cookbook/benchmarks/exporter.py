@@ -57,8 +57,8 @@ def converter() -> Path:
     return target / "vendor" / "llama.cpp"
 
 
-def measured(command: list[str]) -> tuple[float, int]:
-    """Wall seconds and peak resident bytes of a process; CalledProcessError when it fails."""
+def measured(command: list[str]) -> tuple[float, int, float]:
+    """Wall seconds, peak resident bytes and CPU seconds of a process; CalledProcessError when it fails."""
     began = time.perf_counter()
     with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors)
@@ -67,7 +67,7 @@ def measured(command: list[str]) -> tuple[float, int]:
         if process.returncode:
             errors.seek(0)
             raise subprocess.CalledProcessError(process.returncode, command, stderr=errors.read()[-2000:])
-    return time.perf_counter() - began, usage.ru_maxrss * 1024
+    return time.perf_counter() - began, usage.ru_maxrss * 1024, usage.ru_utime + usage.ru_stime
 
 
 def theirs(source: Path, folder: Path, target: Path, known: str) -> list[str]:
@@ -109,7 +109,7 @@ def compared(source: Path, kind: str, where: Path) -> dict[str, Any]:
 
 def timed(source: Path, model: ModelHandle, where: Path) -> dict[str, Any]:
     """Both converters in turn on one real model, F16."""
-    runs: dict[str, list[tuple[float, int]]] = {"ours": [], "upstream": []}
+    runs: dict[str, list[tuple[float, int, float]]] = {"ours": [], "upstream": []}
     for _ in range(TURNS + 1):
         runs["ours"].append(measured(ours(model.path, where / "ours.gguf")))
         runs["upstream"].append(measured(theirs(source, model.path, where / "theirs.gguf", "")))
@@ -119,15 +119,17 @@ def timed(source: Path, model: ModelHandle, where: Path) -> dict[str, Any]:
     largest = max(4 * int(np.prod(tensor.shape)) for tensor in found.tensors.values())
     figures: dict[str, Any] = {
         name: {
-            "seconds": statistics.median(seconds for seconds, _ in rows[1:]),
-            "all_seconds": [round(seconds, 3) for seconds, _ in rows],
-            "peak_rss_bytes": max(peak for _, peak in rows[1:]),
+            "seconds": statistics.median(seconds for seconds, _, _ in rows[1:]),
+            "cpu_seconds": statistics.median(seconds for _, _, seconds in rows[1:]),
+            "all_seconds": [round(seconds, 3) for seconds, _, _ in rows],
+            "peak_rss_bytes": max(peak for _, peak, _ in rows[1:]),
         }
         for name, rows in runs.items()
     }
     return figures | {
         "model": model.name,
         "time_ratio": figures["ours"]["seconds"] / figures["upstream"]["seconds"],
+        "cpu_ratio": figures["ours"]["cpu_seconds"] / figures["upstream"]["cpu_seconds"],
         "largest_tensor_bytes": largest,
         "memory_bar_bytes": int(1.2 * largest) + 300 * (1 << 20),
         "equal_tensors": bool(same and a.tensors.keys() == b.tensors.keys()),

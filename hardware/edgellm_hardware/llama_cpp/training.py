@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from edgellm_plugins.export import gguf_container, llama_family
+from edgellm_plugins.export import architectures, gguf_container, llama_family
 from edgellm_plugins.export.gguf_container import Planned, Value
 
 from edgellm_hardware.llama_cpp import Config

@@ -108,7 +108,9 @@ def write(
     first), in any order, each planned tensor once. ModelError when a tensor is missing, surplus or of the wrong size,
     or does not read back.
     """
-    header, offsets, whole = _header(metadata, plan)
+    import numpy as np
+
+    header, offsets, end = _header(metadata, plan)
     planned = {tensor.name: tensor for tensor in plan}
     digests: dict[str, str] = {}
     staged = target.parent / f".{target.name[:80]}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
@@ -120,7 +122,7 @@ def write(
                     raise ModelError(f"tensor {name!r} comes twice or does not belong to the model", str(target))
                 left, sha = planned[name].nbytes, hashlib.sha256()
                 file.seek(offsets[name])
-                for part in [whole] if hasattr(whole, "nbytes") else whole:
+                for part in [whole] if isinstance(whole, np.ndarray) else whole:
                     left -= part.nbytes
                     if left < 0:
                         break
@@ -134,7 +136,7 @@ def write(
             missing = sorted(planned.keys() - digests.keys())
             if missing:
                 raise ModelError(f"the model lacks {len(missing)} tensors, first the one for {missing[0]!r}")
-            file.truncate(whole)
+            file.truncate(end)
         facts = _read_back(staged, metadata, plan, digests)
         try:
             staged.replace(target)

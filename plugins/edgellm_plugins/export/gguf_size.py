@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from edgellm_plugins.export import gguf_container, gguf_tokenizer, llama_family
+from edgellm_plugins.export import gguf_container, gguf_tokenizer, llama_family, rotary
 from edgellm_plugins.export.gguf.method import general
 from edgellm_plugins.export.gguf_container import ALIGNMENT, Planned
 

@@ -44,6 +44,7 @@ FILE_TYPES = {
 ENDS = ("model.embed_tokens.weight", "lm_head.weight")
 ROWS_AT_ONCE = 4096
 BYTES_AT_ONCE = 8 << 20
+F16_OVERFLOW = 65520.0  # the smallest number that rounds beyond the largest float16
 
 
 def export(model: ModelHandle, target: Any, config: Config, ctx: Context) -> Artifact:
@@ -191,16 +192,15 @@ def as_type(array: Array, type_name: str, name: str) -> Array:
     do not fit F16.
     """
     values: Float32 = np.ascontiguousarray(array, np.float32)
-    if not np.isfinite(values).all():
+    largest = np.maximum(values.max(initial=0), -values.min(initial=0))  # NaN where there is one
+    if not np.isfinite(largest):
         raise ModelError(f"{name!r} holds values that are not finite", fix="the model diverged in training")
     if type_name == "F32":
         return values
     if type_name == "F16":
-        with np.errstate(over="ignore"):
-            half = values.astype(np.float16)
-        if not np.isfinite(half).all():
+        if largest >= F16_OVERFLOW:
             raise ModelError(f"{name!r} holds values beyond 65504", fix="use --type bf16 or f32")
-        return half
+        return values.astype(np.float16)
     if type_name == "BF16":
         bits = values.view(np.uint32)  # round to nearest, ties to even, on the upper half of the float32
         return ((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype("<u2")
