@@ -5,8 +5,9 @@
 SmolLM2-135M, LoRA on the FFN of the last layer, labels dealt to 10 clients by Dirichlet(alpha), all of them in each of
 12 rounds, 8 local steps. Two settings of the local work, each with a FedAvg of its own: AdamW, as `lora` has it, for
 the server optimisers and FedProx; SGD at a constant rate for SCAFFOLD, whose control variates mean nothing without.
-Every arm's one free number (server rate, mu; none for SCAFFOLD, which has FedAvg's rate) is chosen by held-out loss on
-a seed that is not used again, on the same task and alpha. Differences from FedAvg are paired by seed, with Student's
+Every arm's rates are chosen by held-out loss on a seed that is not used again, on the same task and alpha: FedAvg's
+local rate, the local and the server rate of a server optimiser together, FedProx's mu at FedAvg's rate; SCAFFOLD has
+FedAvg's rate and nothing to choose. Differences from FedAvg are paired by seed, with Student's
 95 % interval. A row is written when its run is done, and a run that has a row is not done again.
 """
 
@@ -34,15 +35,16 @@ SHARED: dict[str, Any] = {
 }  # fmt: skip
 ADAMW, SGD = {"optimizer": "adamw"}, {"optimizer": "sgd", "clip": 0.0}
 PROMPTS = {"trec": TREC_PROMPT, "sms-spam": SMS_PROMPT}
-ARMS: dict[str, tuple[dict[str, Any], dict[str, Any], str, tuple[float, ...]]] = {
-    # local work, arguments, the free number, what is tried
-    "fedavg": (ADAMW, {}, "learning_rate", (5e-4, 2e-3, 8e-3, 3.2e-2)),
-    "fedavgm": (ADAMW, {"aggregate": "fedavgm"}, "fedavgm.server_rate", (0.3, 1.0)),
-    "fedadam": (ADAMW, {"aggregate": "fedadam"}, "fedadam.server_rate", (0.001, 0.003, 0.01)),
-    "fedyogi": (ADAMW, {"aggregate": "fedyogi"}, "fedyogi.server_rate", (0.001, 0.003, 0.01)),
-    "fedprox": (ADAMW, {"around": "fedprox"}, "fedprox.mu", (0.01, 0.1, 1.0)),
-    "fedavg, sgd": (SGD, {}, "learning_rate", (0.05, 0.2, 0.8, 3.2)),
-    "scaffold": (SGD, {"around": "scaffold"}, "", ()),
+LOCAL = (2e-3, 8e-3)  # tried with server optimisers
+ARMS: dict[str, tuple[dict[str, Any], dict[str, Any], str, tuple[float, ...], tuple[float, ...]]] = {
+    # local work, arguments, the arm's own number, what of it is tried, local rates tried (none: the basis's)
+    "fedavg": (ADAMW, {}, "", (), (5e-4, 2e-3, 8e-3, 3.2e-2)),
+    "fedavgm": (ADAMW, {"aggregate": "fedavgm"}, "fedavgm.server_rate", (0.1, 0.3), LOCAL),
+    "fedadam": (ADAMW, {"aggregate": "fedadam"}, "fedadam.server_rate", (0.003, 0.01, 0.03), LOCAL),
+    "fedyogi": (ADAMW, {"aggregate": "fedyogi"}, "fedyogi.server_rate", (0.003, 0.01, 0.03), LOCAL),
+    "fedprox": (ADAMW, {"around": "fedprox"}, "fedprox.mu", (0.01, 0.1, 1.0), ()),
+    "fedavg, sgd": (SGD, {}, "", (), (0.0125, 0.05, 0.2)),
+    "scaffold": (SGD, {"around": "scaffold"}, "", (), ()),
 }
 BASIS = {"fedavgm": "fedavg", "fedadam": "fedavg", "fedyogi": "fedavg", "fedprox": "fedavg", "scaffold": "fedavg, sgd"}
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}
@@ -59,7 +61,7 @@ def prepared(task: str, folder: Path) -> Path:
 
 def run(arm: str, number: float | None, rate: float, place: dict[str, Any], work: Path) -> dict[str, Any]:
     """One run; `rate` is the local learning rate, `number` the arm's own."""
-    local, arguments, free, _ = ARMS[arm]
+    local, arguments, free, _, _ = ARMS[arm]
     options: dict[str, Any] = {**SHARED, **local, "learning_rate": rate}
     plugin, _, option = free.partition(".")
     if option and number is not None:
@@ -103,14 +105,15 @@ class Book:
         return told
 
 
-def chosen(arm: str, task: str, alpha: float, rates: dict[str, float], book: Book, work: Path) -> float | None:
-    """The arm's best number by held-out loss on the tuning seed."""
-    place, free, tried = {"task": task, "alpha": alpha, "seed": TUNING_SEED}, ARMS[arm][2], ARMS[arm][3]
-    found = {}
-    for number in tried:
-        rate, own = (number, None) if free == "learning_rate" else (rates[BASIS[arm]], number)
-        found[number] = book.row("tuning", arm, own, rate, place, work)["loss"]
-    return min(found, key=lambda number: found[number]) if found else None
+def chosen(arm: str, task: str, alpha: float, basis: float, book: Book, work: Path) -> tuple[float, float | None]:
+    """The arm's local rate and its own number that do best by held-out loss on the tuning seed."""
+    place = {"task": task, "alpha": alpha, "seed": TUNING_SEED}
+    numbers: tuple[float | None, ...] = ARMS[arm][3] or (None,)
+    tried = [(rate, number) for rate in ARMS[arm][4] or (basis,) for number in numbers]
+    if len(tried) == 1:
+        return tried[0]
+    found = {pair: book.row("tuning", arm, pair[1], pair[0], place, work)["loss"] for pair in tried}
+    return min(found, key=lambda pair: found[pair])
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -144,18 +147,13 @@ def main() -> None:
         work, book = asked.work or Path(temp), Book(asked.output)
         for task in asked.tasks:
             for alpha in asked.alphas:
-                rates: dict[str, float] = {}
-                numbers: dict[str, float | None] = {}
+                best: dict[str, tuple[float, float | None]] = {}
                 for arm in ARMS:
-                    best = chosen(arm, task, alpha, rates, book, work)
-                    if ARMS[arm][2] == "learning_rate":
-                        assert best is not None
-                        rates[arm], best = best, None
-                    numbers[arm] = best
+                    basis = best[BASIS[arm]][0] if arm in BASIS else 0.0
+                    best[arm] = chosen(arm, task, alpha, basis, book, work)
                 for seed in asked.seeds:
-                    for arm in ARMS:
-                        place = {"task": task, "alpha": alpha, "seed": seed}
-                        book.row("rows", arm, numbers[arm], rates[BASIS.get(arm, arm)], place, work)
+                    for arm, (rate, number) in best.items():
+                        book.row("rows", arm, number, rate, {"task": task, "alpha": alpha, "seed": seed}, work)
         print(json.dumps(book.content["summary"], indent=2))
 
 
