@@ -104,6 +104,14 @@ class Book:
         print(part, json.dumps({k: v for k, v in told.items() if k != "over_rounds"}), flush=True)
         return told
 
+    def forget(self, task: str, alpha: float, best: dict[str, tuple[float, float | None]]) -> None:
+        """Drops rows of rates that are no longer the best of those tried."""
+        self.content["rows"] = [
+            row
+            for row in self.content["rows"]
+            if (row["task"], row["alpha"]) != (task, alpha) or (row["learning_rate"], row["number"]) == best[row["arm"]]
+        ]
+
 
 def chosen(arm: str, task: str, alpha: float, basis: float, book: Book, work: Path) -> tuple[float, float | None]:
     """The arm's local rate and its own number that do best by held-out loss on the tuning seed."""
@@ -151,6 +159,7 @@ def main() -> None:
                 for arm in ARMS:
                     basis = best[BASIS[arm]][0] if arm in BASIS else 0.0
                     best[arm] = chosen(arm, task, alpha, basis, book, work)
+                book.forget(task, alpha, best)
                 for seed in asked.seeds:
                     for arm, (rate, number) in best.items():
                         book.row("rows", arm, number, rate, {"task": task, "alpha": alpha, "seed": seed}, work)
