@@ -72,16 +72,6 @@ class Kept:
                 yield member, (first + torch.arange(member.width)).flatten()
 
 
-def refuse(model: ModelHandle) -> None:
-    """ModelError for a GGUF file and for weights that are quantised: pruning comes first."""
-    fix = "prune the model it was made from, then quantise"
-    if model.format != "hf":
-        raise ModelError("a GGUF file cannot be pruned", str(model.path), fix)
-    stored = {tensor.stored for tensor in checkpoint.inspect(model.path).tensors.values()}
-    if stored & {*checkpoint.BLOCKS, "gptq"}:
-        raise ModelError("is quantised already", str(model.path), fix)
-
-
 def shape(layer: nn.Module) -> tuple[int, int, int, int]:
     """(key-value heads, query heads that share one, length of a head, FFN channels) of a live block.
 

@@ -9,15 +9,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from edgellm_plugins.compression.hooks import compress_hook
 from edgellm_sdk.config import opt
-from edgellm_sdk.hookspecs import hookimpl
 from edgellm_sdk.registry import Plugin
-
-if TYPE_CHECKING:
-    from edgellm_sdk.context import Context
-    from edgellm_sdk.types import Dataset, ModelHandle
 
 BLOCKS = ("q2_k", "q3_k", "iq4_xs", "iq4_nl", "q4_k", "q4_0", "q4_1", "q5_0", "q5_k", "q5_1", "q6_k", "q8_0")
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
@@ -67,9 +62,4 @@ PLUGIN = Plugin(
     paper="measured per-matrix budgets as in EvoPress, arXiv 2410.14649",
 )
 
-
-@hookimpl
-def edgellm_compress(model: ModelHandle, data: Dataset | None, config: Config, ctx: Context) -> ModelHandle:
-    from edgellm_plugins.compression.auto_bits.method import compress
-
-    return compress(model, data, config, ctx)
+edgellm_compress = compress_hook(__name__)

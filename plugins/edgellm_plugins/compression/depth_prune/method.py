@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from edgellm_plugins.compression import layerwise, pruned, recovery
 from edgellm_plugins.compression.depth_prune import Config
+from edgellm_plugins.compression.stored import refuse_quantised
 from edgellm_sdk import store
 from edgellm_sdk.config import as_dict
 from edgellm_sdk.errors import ConfigError, ModelError
@@ -101,7 +102,7 @@ def compress(model: ModelHandle, data: Dataset | None, config: Config, ctx: Cont
     `ctx.folder / "pruned.json"` tells every block's score and what went. ConfigError when no block would be left,
     ModelError for a quantised model or one without blocks, DataError for too little text.
     """
-    pruned.refuse(model)
+    refuse_quantised(model)
     loaded = model.load(dtype="float32", device=ctx.device, merge=True)
     if loaded.tokenizer is None:
         raise ModelError("has no tokenizer to calibrate with", str(model.path))

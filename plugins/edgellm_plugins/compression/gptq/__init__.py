@@ -7,16 +7,11 @@ as OPTQ). The arithmetic is in `method.py`, the walk through the model in `compr
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from edgellm_plugins.compression.hooks import compress_hook
 from edgellm_sdk.config import opt
-from edgellm_sdk.hookspecs import hookimpl
 from edgellm_sdk.kit.overrides import parse
 from edgellm_sdk.registry import Plugin
-
-if TYPE_CHECKING:
-    from edgellm_sdk.context import Context
-    from edgellm_sdk.types import Dataset, ModelHandle
 
 INTEGERS = {"int2": 2, "int3": 3, "int4": 4, "int8": 8}
 BLOCKS = (
@@ -77,9 +72,4 @@ PLUGIN = Plugin(
     aliases=("optq",),
 )
 
-
-@hookimpl
-def edgellm_compress(model: ModelHandle, data: Dataset | None, config: Config, ctx: Context) -> ModelHandle:
-    from edgellm_plugins.compression.gptq.method import compress
-
-    return compress(model, data, config, ctx)
+edgellm_compress = compress_hook(__name__)

@@ -8,15 +8,10 @@ Definition: llama.cpp's `imatrix` tool, the mean square of every input over the 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from edgellm_plugins.compression.hooks import compress_hook
 from edgellm_sdk.config import opt
-from edgellm_sdk.hookspecs import hookimpl
 from edgellm_sdk.registry import Plugin
-
-if TYPE_CHECKING:
-    from edgellm_sdk.context import Context
-    from edgellm_sdk.types import Dataset, ModelHandle
 
 
 @dataclass(frozen=True)
@@ -35,9 +30,4 @@ PLUGIN = Plugin(
     paper="llama.cpp pull request 4930",
 )
 
-
-@hookimpl
-def edgellm_compress(model: ModelHandle, data: Dataset | None, config: Config, ctx: Context) -> ModelHandle:
-    from edgellm_plugins.compression.imatrix.method import compress
-
-    return compress(model, data, config, ctx)
+edgellm_compress = compress_hook(__name__)

@@ -7,16 +7,11 @@ is in `method.py`, what is cut in `compression/pruned.py`, the recovery in `comp
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from edgellm_plugins.compression.hooks import compress_hook
 from edgellm_plugins.compression.pruning_options import Options
 from edgellm_sdk.config import opt
-from edgellm_sdk.hookspecs import hookimpl
 from edgellm_sdk.registry import Plugin
-
-if TYPE_CHECKING:
-    from edgellm_sdk.context import Context
-    from edgellm_sdk.types import Dataset, ModelHandle
 
 
 @dataclass(frozen=True)
@@ -48,9 +43,4 @@ PLUGIN = Plugin(
     paper="LLM-Pruner, arXiv 2305.11627",
 )
 
-
-@hookimpl
-def edgellm_compress(model: ModelHandle, data: Dataset | None, config: Config, ctx: Context) -> ModelHandle:
-    from edgellm_plugins.compression.llm_pruner.method import compress
-
-    return compress(model, data, config, ctx)
+edgellm_compress = compress_hook(__name__)

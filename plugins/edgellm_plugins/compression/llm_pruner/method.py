@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from edgellm_plugins.compression import layerwise, pruned, recovery
 from edgellm_plugins.compression.llm_pruner import Config
 from edgellm_plugins.compression.pruned import Kept, Member
+from edgellm_plugins.compression.stored import refuse_quantised
 from edgellm_sdk import store
 from edgellm_sdk.config import as_dict
 from edgellm_sdk.errors import ConfigError, ModelError
@@ -237,7 +238,7 @@ def compress(model: ModelHandle, data: Dataset | None, config: Config, ctx: Cont
     """Write the pruned model into `ctx.folder / "model"`, recovered if asked; `ctx.folder / "pruned.json"` tells what
     every layer kept. ConfigError when the ratio cannot be reached, ModelError for a model that is quantised or not
     built as a Llama, DataError for too little text."""
-    pruned.refuse(model)
+    refuse_quantised(model)
     loaded = model.load(dtype="float32", device=ctx.device, merge=True)
     if loaded.tokenizer is None:
         raise ModelError("has no tokenizer to calibrate with", str(model.path))

@@ -7,15 +7,10 @@ Paper: "A Simple and Effective Pruning Approach for Large Language Models", arXi
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from edgellm_plugins.compression.hooks import compress_hook
 from edgellm_plugins.compression.sparse_options import Calibrated
-from edgellm_sdk.hookspecs import hookimpl
 from edgellm_sdk.registry import Plugin
-
-if TYPE_CHECKING:
-    from edgellm_sdk.context import Context
-    from edgellm_sdk.types import Dataset, ModelHandle
 
 
 @dataclass(frozen=True)
@@ -31,9 +26,4 @@ PLUGIN = Plugin(
     paper="Wanda, arXiv 2306.11695",
 )
 
-
-@hookimpl
-def edgellm_compress(model: ModelHandle, data: Dataset | None, config: Config, ctx: Context) -> ModelHandle:
-    from edgellm_plugins.compression.wanda.method import compress
-
-    return compress(model, data, config, ctx)
+edgellm_compress = compress_hook(__name__)
