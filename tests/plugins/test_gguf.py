@@ -552,8 +552,8 @@ def test_modelfile_says_nothing_about_templates_it_does_not_know() -> None:
 
 def test_plugin_says_what_it_is() -> None:
     assert (PLUGIN.name, PLUGIN.config) == ("gguf", Config)
-    with pytest.raises(ConfigError, match="did you mean 'q4_0'"):
-        options.build(Config, {"type": "q4_o"}, "gguf")
+    with pytest.raises(ConfigError, match="did you mean 'q8_0'"):
+        options.build(Config, {"type": "q8_o"}, "gguf")
 
 
 # ---------------------------------------------------------------- LoRA
