@@ -319,7 +319,7 @@ def test_what_gguf_cannot_express_is_refused(tune: str, plain: ModelHandle, tmp_
     edgellm.finetune(
         "fedpetuning", str(plain.path), str(tmp_path / "d.jsonl"), tmp_path / "run", rounds=1, options=options
     )
-    with pytest.raises(ModelError, match="GGUF llama lacks"):
+    with pytest.raises(ModelError, match="GGUF lacks"):
         edgellm.export("gguf", model=str(tmp_path / "run"), output=tmp_path / "x.gguf")
 
 
