@@ -355,7 +355,7 @@ def test_gguf_refuses_what_it_cannot_express(kind: str, plain: ModelHandle, tmp_
     note = {"path": str(plain.path), "digest": plain.digest, "name": "x"}
     frozen.write(tmp_path / "a", dict(frozen.initial), note)
     tuned = models.resolve(str(tmp_path / "a"))
-    with pytest.raises(ModelError, match="GGUF llama lacks"):
+    with pytest.raises(ModelError, match="GGUF lacks"):
         gguf.export(tuned, tmp_path / "a.gguf", Config(), Context(tmp_path))
     assert not (tmp_path / "a.gguf").exists()
 

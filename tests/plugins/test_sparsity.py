@@ -558,7 +558,7 @@ def test_recipe_prune_quantise_export(tiny_llama: Path, text: Path, tmp_path: Pa
         verb = "compress"
         name = "quantise"
         plugin = "gptq"
-        options = {{ format = "q8_0", {calibrated} }}
+        options = {{ format = "q8_0", damping = 0.01, passes = 0, {calibrated} }}
 
         [[step]]
         verb = "export"
