@@ -3,11 +3,10 @@
     python cookbook/benchmarks/mezo_speed.py [--seconds 60]
 
 SmolLM2-135M, 8 rows of 64 tokens; every token is scored, and apart from that (`label`) only the last one, as where a
-model is to learn labels. `ours` shifts each weight in a scratch while it is used and moves it once, just before the
-next step uses it: three steps in a row are timed, with the last one's moves. `plain` draws noise tensor by tensor from
-the framework's generator and writes the weights four times (+eps, -2 eps, +eps, the update eta (g z + lambda theta)
-with lambda 0) around transformers' own forward passes, which compute the logits of all positions, where ours has those
-that are scored.
+model is to learn labels. `ours` shifts each weight in a scratch while it is used and moves
+the weights once; `plain` draws noise tensor by tensor from the framework's generator and writes the weights four times
+(+eps, -2 eps, +eps, the update eta (g z + lambda theta) with lambda 0) around transformers' own forward passes, which
+compute the logits of all positions, where ours has those that are scored.
 Forwards, ours and plain run in turns; a ratio is the median over turns, and beside it stands that of the fastest times,
 since whatever else runs on a machine only adds to them. A sweep moves every weight along one direction;
 it is compared with adding one array to another of the same size. Memory is the peak of a fresh process for each case.
@@ -43,7 +42,6 @@ from edgellm_sdk.report import environment, peak_rss
 from edgellm_sdk.types import Dataset
 
 ROWS, TOKENS, EPS, ETA = 8, 64, 1e-3, 1e-7
-IN_A_ROW = 3
 DTYPES = ("float32", "bfloat16")
 LOG = tuple(Move((1000 + t,), (1e-4 * (-1) ** t,)) for t in range(20))
 
@@ -64,17 +62,9 @@ def setting(dtype: str, label: bool = False) -> tuple[Full, torch.Tensor, torch.
     return space, torch.from_numpy(ids), labels
 
 
-def our_steps(space: Full, seed: int, count: int = 1) -> None:
-    """Steps in a row, the last one made as well."""
-    for k in range(count):
-        probe = differences.central(EPS)(space, "batch", no_data, [seed + k])
-        space.step(sgd([seed + k], probe.scalars.tolist(), ETA))
-    assert space.whole  # theta with the last step made, which else waits for the next evaluation
-
-
-def sweep(space: Full, seed: int) -> None:
-    space.step(Move((seed,), (1e-9,)))
-    assert space.whole
+def our_step(space: Full, seed: int) -> None:
+    probe = differences.central(EPS)(space, "batch", no_data, [seed])
+    space.step(sgd([seed], probe.scalars.tolist(), ETA))
 
 
 @torch.no_grad()
@@ -122,7 +112,7 @@ def speed(dtype: str, seconds: float, label: bool = False) -> dict[str, Any]:
         for parameter, array in zip(space.whole.parameters.values(), arrays, strict=True):
             parameter.data.add_(array)
 
-    our_steps(space, 0)
+    our_step(space, 0)
     forwards()
     turns: list[dict[str, float]] = []
     began = time.monotonic()
@@ -132,8 +122,8 @@ def speed(dtype: str, seconds: float, label: bool = False) -> dict[str, Any]:
             {
                 "two forwards": timed(forwards),
                 "two forwards of transformers": timed(theirs),
-                "step": timed(lambda k=k: our_steps(space, IN_A_ROW * k, IN_A_ROW)) / IN_A_ROW,
-                "sweep": timed(lambda k=k: sweep(space, 10_000 + k)),
+                "step": timed(lambda k=k: our_step(space, k)),
+                "sweep": timed(lambda k=k: space.step(Move((10_000 + k,), (1e-9,)))),
                 "add": timed(add),
                 "plain step": timed(lambda k=k: plain_step(model, ids, labels, k)),
             }
@@ -170,7 +160,7 @@ def run_case(case: str, dtype: str) -> None:
         if case == "inference":
             space.losses("batch", no_data, [(0, 0.0)])
         else:
-            our_steps(space, turn)
+            our_step(space, turn)
     print(peak_rss() / 2**20)
 
 
@@ -192,8 +182,8 @@ def replay() -> dict[str, str]:
         for step in LOG:
             space.step(step)
         sha = hashlib.sha256()
-        for _, parameter in sorted(space.whole.parameters.items()):
-            sha.update(parameter.numpy().tobytes())
+        for name in sorted(whole.parameters):
+            sha.update(whole.parameters[name].numpy().tobytes())
         found[f"torch, {threads} threads"] = sha.hexdigest()
     torch.set_num_threads(before)
     return found

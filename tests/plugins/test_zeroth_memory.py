@@ -42,7 +42,6 @@ def test_a_mezo_step_holds_no_more_than_a_forward_pass(deep: ModelHandle, dtype:
     def step() -> None:
         seeds = [3]
         space.step(sgd(seeds, differences.central(1e-3)(space, "b", no_data, seeds).scalars.tolist(), 1e-6))
-        assert space.whole  # the moves are made
 
     assert live_bytes(step) <= live_bytes(lambda: whole.loss(batch)) + model // 20
 

@@ -12,7 +12,7 @@ import torch
 from edgellm_plugins.zeroth_order.samplers import LowRank
 from edgellm_plugins.zeroth_order.space import Follower, Full
 from edgellm_plugins.zeroth_order.trajectory import Log, move
-from seed_method_cases import BOTH, METHODS, TRAINS, context, dataset, encoded, no_data, one_round, options, samplers
+from seed_method_cases import BOTH, METHODS, TRAINS, context, dataset, one_round, options, samplers
 
 from edgellm_sdk import models
 from edgellm_sdk.kit import noise
@@ -71,35 +71,6 @@ def test_what_is_perturbed_is_what_is_moved(handle: ModelHandle) -> None:
         wrong.at(t)
         worst, _ = apart(wrong, theta, 40 + t)
         assert worst > 0.5 if t % 2 == 0 else worst <= 1e-6
-
-
-LOOKS: dict[str, Any] = {
-    "digest": lambda space: space.digest(),
-    "copy": lambda space: [tensor.tolist() for tensor in space.save()],
-    "loss at theta": lambda space: space.losses("b", no_data, [(0, 0.0)])[0],
-    "loss beside theta": lambda space: space.losses("b", no_data, [(9, 0.05), (9, -0.05)]).tolist(),
-    "measure": lambda space: {name: metric.value for name, metric in space.measure(dataset(4)).items()},
-}
-
-
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("look", LOOKS)
-def test_a_step_that_waits_is_made_before_anyone_looks(handle: ModelHandle, precision: str, look: str) -> None:
-    count = len(samplers(Whole(handle, precision, max_length=64)))
-    for k in range(count):
-        seen = []
-        for waits in (True, False):
-            whole = Whole(handle, precision, max_length=64)
-            space = Full(whole, samplers(whole)[k])
-            space._batches["b"] = encoded(whole)
-            start = space.digest()
-            for seed in (3, 4):
-                space.step(Move((seed,), (0.01,)))
-                assert waits or space.whole
-            seen.append(LOOKS[look](space))
-            assert space.digest() != start
-            seen.append(space.digest())
-        assert seen[:2] == seen[2:], space.sampler.id
 
 
 @pytest.mark.parametrize("train", BOTH)

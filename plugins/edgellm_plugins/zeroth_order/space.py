@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from edgellm_plugins.zeroth_order.per_example import PerExample
-from edgellm_plugins.zeroth_order.samplers import Memoryless, Sampler
+from edgellm_plugins.zeroth_order.samplers import Sampler
 from edgellm_sdk.kit import prompts
 from edgellm_sdk.kit.noise import Move
 from edgellm_sdk.kit.objective import Objective, evaluate_each, written
@@ -131,68 +131,40 @@ class Small:
 
 @dataclass(frozen=True)
 class _Shift:
-    """`theta + c * z(seed)` for `Whole`; `ready` is told of every tensor before it is used."""
+    """`theta + c * z(seed)` for `Whole`."""
 
     sampler: Sampler
     seed: int
     c: float
-    ready: Callable[[str], None]
 
     def weight(self, name: str, weight: Tensor, out: Tensor) -> Tensor:
-        self.ready(name)
         return self.sampler.shift(name, weight, self.seed, self.c, out)
 
     def part(self, name: str, weight: Tensor, begin: int, out: Tensor) -> Tensor:
-        self.ready(name)
         return self.sampler.part(name, weight, begin, self.seed, self.c, out)
 
     def rows(self, name: str, weight: Tensor, rows: Tensor) -> Tensor:
-        self.ready(name)
         return self.sampler.rows(name, weight, rows, self.seed, self.c)
 
 
 class Full:
-    """Every weight of a model, in its dtype.
-
-    Where directions depend on seeds alone a step waits for the next evaluation, which moves each tensor just before it
-    shifts it, so that the shift finds it in the cache. `whole` is theta with every step made.
-    """
+    """Every weight of a model, in its dtype."""
 
     cheap = False
 
     def __init__(self, whole: Whole, sampler: Sampler) -> None:
-        self._whole, self.sampler = whole, sampler
-        self._due: dict[str, Move] = {}
+        self.whole, self.sampler = whole, sampler
         self._batches: dict[str, list[prompts.Encoded]] = {}
         self._keys: dict[str, AnswerKey] = {}
 
-    @property
-    def whole(self) -> Whole:
-        """The model, at theta."""
-        self._settle()
-        return self._whole
-
-    def _settle(self) -> None:
-        for name in list(self._due):
-            self._ready(name)
-
-    @torch.no_grad()
-    def _ready(self, name: str) -> None:
-        """Moves this tensor if it waits for a step."""
-        move = self._due.pop(name, None)
-        if move is not None:
-            self.sampler.move(name, self._whole.parameters[name].data, move)
-
     def restart(self) -> None:
-        self._due.clear()
-        self._whole.reload()
+        self.whole.reload()
         self.sampler.restart()
 
     def losses(self, name: str, make: Callable[[], Dataset], points: Sequence[Point]) -> Array:
         batch, key = self._batch(name, make)
-        shifts = [_Shift(self.sampler, *point, self._ready) if point[1] else None for point in points]
-        models = (self._whole if shift else self.whole for shift in shifts)
-        return np.array([model.evaluate(batch, key, shift) for model, shift in zip(models, shifts, strict=True)])
+        shifts = [_Shift(self.sampler, *point) if point[1] else None for point in points]
+        return np.array([self.whole.evaluate(batch, key, shift) for shift in shifts])
 
     def each(self, name: str, make: Callable[[], Dataset], seeds: Sequence[int], steps: Sequence[float]) -> Array:
         batch, key = self._batch(name, make)
@@ -203,16 +175,15 @@ class Full:
 
     def _batch(self, name: str, make: Callable[[], Dataset]) -> tuple[list[prompts.Encoded], AnswerKey]:
         if name not in self._batches:
-            data, whole = make(), self._whole
-            self._keys[name] = answer_key(whole.goal, data, whole.encode)
-            self._batches[name] = prompts.encode(whole.tokenizer, data.examples, whole.max_length)
+            data = make()
+            self._keys[name] = answer_key(self.whole.goal, data, self.whole.encode)
+            self._batches[name] = prompts.encode(self.whole.tokenizer, data.examples, self.whole.max_length)
         return self._batches[name], self._keys.get(name, AnswerKey())
 
+    @torch.no_grad()
     def step(self, move: Move) -> None:
-        self._settle()
-        self._due = dict.fromkeys(self._whole.parameters, move)
-        if not isinstance(self.sampler, Memoryless):
-            self._settle()
+        for name, parameter in self.whole.parameters.items():
+            self.sampler.move(name, parameter.data, move)
 
     def save(self) -> object:
         return [parameter.data.clone() for parameter in self.whole.parameters.values()]
