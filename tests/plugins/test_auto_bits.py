@@ -156,7 +156,7 @@ def test_rounding_weighs_each_input_by_its_mean_square(model: ModelHandle) -> No
     assert probe.error(name, "q2_k") > 5 * probe.error(name, "q4_k") > 20 * probe.error(name, "q8_0")
 
 
-@pytest.mark.parametrize("bits", [3.2, 4.5, 7.0])
+@pytest.mark.parametrize(("model", "bits"), [(True, 4.5), (False, 3.2), (False, 7.0)], indirect=["model"])
 def test_the_file_is_as_large_as_ordered(model: ModelHandle, text: Path, tmp_path: Path, bits: float) -> None:
     ctx = Context(tmp_path / "run", seed=1)
     place = gguf_size.layout(model)
@@ -178,6 +178,7 @@ def test_the_file_is_as_large_as_ordered(model: ModelHandle, text: Path, tmp_pat
     assert not list((ctx.folder / "checkpoint").iterdir())
 
 
+@pytest.mark.parametrize("model", [False], indirect=True)
 def test_the_mix_beats_one_format_of_the_same_size(model: ModelHandle, text: Path, tmp_path: Path) -> None:
     """Measured divergence of the plan against everything in q4_k, which is just as large."""
     config, ctx = options(text, bits=4.5), Context(tmp_path)
@@ -192,6 +193,7 @@ def test_the_mix_beats_one_format_of_the_same_size(model: ModelHandle, text: Pat
         assert probe.divergence(formats) < probe.divergence(dict.fromkeys(formats, "q4_k"))
 
 
+@pytest.mark.parametrize("model", [True], indirect=True)
 def test_a_stopped_measurement_goes_on(
     model: ModelHandle, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
