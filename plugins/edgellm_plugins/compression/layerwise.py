@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -57,9 +57,15 @@ class Solved:
 
 
 class Method(Protocol):
-    """A layer-by-layer method. `restore` must give the compressed weight from the stored arrays alone."""
+    """A layer-by-layer method."""
 
     def solve(self, group: Group) -> Solved: ...
+
+
+@runtime_checkable
+class Restoring(Protocol):
+    """A method that changes weights: those behind a layer are calibrated on what it has become, from the stored arrays
+    alone."""
 
     def restore(self, name: str, arrays: Arrays) -> Float32:
         """The (out, in) float32 weight that the layer `name` now has."""
@@ -166,7 +172,7 @@ class _Block:
     sources: Mapping[str, Tensor]
     groups: list[tuple[str, ...]]
     method: Method
-    replace: bool
+    restoring: Restoring | None
     batches: int
     current: int = 0
     batch: int = 0
@@ -214,10 +220,12 @@ class _Block:
 
     def put(self, names: Sequence[str]) -> None:
         """Compressed weights into the running block, unless calibration is to see the original model throughout."""
-        for name in names if self.replace else ():
+        if self.restoring is None:
+            return
+        for name in names:
             weight = self.module.get_submodule(name).weight
             assert isinstance(weight, Tensor)
-            weight.copy_(torch.tensor(self.method.restore(self.prefix + name, self.arrays)))
+            weight.copy_(torch.tensor(self.restoring.restore(self.prefix + name, self.arrays)))
 
     def skip(self, kept: tuple[dict[str, Any], dict[str, Any]] | None) -> None:
         """Take over what an earlier run computed, so that `forward` only runs the block."""
@@ -272,9 +280,10 @@ def walk(
     """Every linear of every block through `method`; returns the arrays to store and the records, in model order.
 
     `model` in float32 is not changed; `windows` (n, tokens) int64 are full, without padding; `dtype` is that of the
-    forwards. With `sequential` false every layer is calibrated on the original model's activations. After each block
-    its arrays go to the checkpoint `title-NUMBER`; a rerun with the same `key` continues behind the last whole one and
-    ends in the same bytes. ModelError for a model without blocks or with activations that are not finite.
+    forwards. With `sequential` false, or a method that is not `Restoring`, every layer is calibrated on the original
+    model's activations. After each block its arrays go to the checkpoint `title-NUMBER`; a rerun with the same `key`
+    continues behind the last whole one and ends in the same bytes. ModelError for a model without blocks or with
+    activations that are not finite.
     """
     body, layers = decoder(model)
     prefix = next(name for name, module in model.named_modules() if module is layers)
@@ -289,7 +298,8 @@ def walk(
                 block = _Block(
                     number=number, prefix=f"{prefix}.{number}.", module=copy.deepcopy(layer).to(dtype),
                     sources={name: _weight(layer, name) for names in plan[number] for name in names},
-                    groups=plan[number], method=method, replace=sequential, batches=len(batches),
+                    groups=plan[number], method=method, batches=len(batches),
+                    restoring=method if sequential and isinstance(method, Restoring) else None,
                 )  # fmt: skip
                 if number < done:
                     block.skip(ctx.resume(_checkpoint(title, number)))

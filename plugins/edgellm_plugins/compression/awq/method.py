@@ -36,7 +36,7 @@ from edgellm_sdk.models import resolve
 
 if TYPE_CHECKING:
     from edgellm_sdk.context import Context
-    from edgellm_sdk.types import Arrays, Dataset, Float32, ModelHandle
+    from edgellm_sdk.types import Dataset, ModelHandle
 
 ROWS = 128  # of a group's weights, for the search
 TOLERANCE = 1e-3  # of the largest logit: what folding may change on a probe, in float32
@@ -78,9 +78,6 @@ class Search:
                 best, kept, alpha = error, scale, step / self.config.steps
         record = {"name": first, "alpha": alpha, "gain": best / max(plain, 1e-30)}
         return layerwise.Solved({f"{first}.scale": kept.numpy()}, (record,))
-
-    def restore(self, name: str, arrays: Arrays) -> Float32:
-        raise NotImplementedError("folding changes no weight while the model is walked")
 
 
 def sources_of(model: Any, tokens: Tensor) -> tuple[dict[str, str], dict[str, tuple[int, int, int]]]:
@@ -194,9 +191,7 @@ def compress(model: ModelHandle, data: Dataset | None, config: Config, ctx: Cont
     }
     search = Search(config, sources, shared)
     dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
-    arrays, records = layerwise.walk(
-        loaded.model, windows, search, ctx, title="awq", key=key, dtype=dtype, sequential=False
-    )
+    arrays, records = layerwise.walk(loaded.model, windows, search, ctx, title="awq", key=key, dtype=dtype)
     before = loaded.model(input_ids=probe).logits
     scales = {name.removesuffix(".scale"): torch.tensor(scale) for name, scale in arrays.items()}
     changed = fold(loaded.model, scales, sources, groups, shared)
