@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import threading
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from edgellm_sdk.context import Cost
 from edgellm_sdk.federate import told
 from edgellm_sdk.federate.ledger import Ledger
-from edgellm_sdk.steps import federation
 from edgellm_sdk.steps.audit import wire_of
 from edgellm_sdk.steps.federation import join, keys, serve
 
@@ -33,17 +30,6 @@ rounds = {rounds}
 watch = 0
 options = {{ rank = 2, batch_size = 4, steps = 2, max_length = 32 }}
 """
-
-
-@pytest.fixture(autouse=True)
-def one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    lock, real = threading.Lock(), federation.work
-
-    def work(*args: Any) -> Any:
-        with lock:
-            return real(*args)
-
-    monkeypatch.setattr(federation, "work", work)
 
 
 def test_costs_stand_beside_what_was_foretold_and_are_those_the_clients_told(tiny_llama: Path, tmp_path: Path) -> None:

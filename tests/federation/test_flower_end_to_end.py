@@ -9,7 +9,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,7 +19,6 @@ import pytest
 import edgellm_sdk as edgellm
 from edgellm_sdk.errors import ConfigError, EdgeLLMError, FederationError
 from edgellm_sdk.random import Stream
-from edgellm_sdk.steps import federation
 from edgellm_sdk.steps.audit import wire_of
 from edgellm_sdk.steps.federation import join, keys, serve
 
@@ -64,19 +62,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("keys")
     assert keys(place, clients=2) == ["client-000", "client-001"]
     return place
-
-
-@pytest.fixture(autouse=True)
-def one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The clients of these tests are threads of one process, and transformers loads models through global state."""
-    lock = threading.Lock()
-    real = federation.work
-
-    def work(*args: Any) -> Any:
-        with lock:
-            return real(*args)
-
-    monkeypatch.setattr(federation, "work", work)
 
 
 def digest(run: Path) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import pytest
 
 import edgellm_sdk as edgellm
 from edgellm_sdk.random import Stream
-from edgellm_sdk.steps import Outcome, federation
+from edgellm_sdk.steps import Outcome
 from edgellm_sdk.steps.audit import wire_of
 from edgellm_sdk.steps.federation import join, keys, serve
 from edgellm_sdk.types import Array
@@ -40,18 +39,6 @@ watch = 0
 {options}
 {tables}
 """
-
-
-@pytest.fixture(autouse=True)
-def one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The clients of these tests are threads of one process, and transformers loads models through global state."""
-    lock, real = threading.Lock(), federation.work
-
-    def work(*args: Any) -> Any:
-        with lock:
-            return real(*args)
-
-    monkeypatch.setattr(federation, "work", work)
 
 
 @pytest.fixture(scope="module")
