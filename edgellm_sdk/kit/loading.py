@@ -213,12 +213,32 @@ def load_tokenizer(handle: ModelHandle) -> Any:
             checkpoint.read_json(folder / name)
     with _quiet():
         try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(
+                folder, config=_tokenizer_config(folder), local_files_only=True, trust_remote_code=False
+            )
         except Exception as error:
             raise ModelError("its tokenizer cannot be read", str(folder)) from error
     if not callable(getattr(tokenizer, "encode", None)):
         raise ModelError("its tokenizer cannot be read", str(folder))
     return tokenizer
+
+
+def _tokenizer_config(folder: Path) -> Any:
+    """All that AutoTokenizer asks of a model's configuration when the tokenizer names its own class: without it the
+    model's own configuration class would be imported, which takes longer than reading the tokenizer."""
+    from transformers import PreTrainedConfig
+
+    if not all((folder / name).is_file() for name in (checkpoint.CONFIG, "tokenizer_config.json")):
+        return None
+    model, tokenizer = (
+        checkpoint.read_json(folder / checkpoint.CONFIG),
+        checkpoint.read_json(folder / "tokenizer_config.json"),
+    )
+    if not isinstance(tokenizer.get("tokenizer_class"), str) or not isinstance(model.get("model_type"), str):
+        return None
+    config = PreTrainedConfig(name_or_path=str(folder), tokenizer_class=model.get("tokenizer_class"))
+    config.model_type = model["model_type"]
+    return config
 
 
 def eos_ids(handle: ModelHandle) -> tuple[int, ...]:

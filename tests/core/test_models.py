@@ -623,6 +623,39 @@ def test_tokenizer_agrees_with_llama_cpp(smollm2: ModelHandle) -> None:
     assert (ours.bos_token, ours.eos_token, ours.pad_token) == ("<|im_start|>", "<|im_end|>", "<|im_end|>")
 
 
+@pytest.mark.parametrize("model_type", ("llama", "mistral", "qwen2", "gemma2", "phi3", "deci", ""))
+def test_tokenizer_is_the_one_that_transformers_chooses(tmp_path: Path, tiny_llama: Path, model_type: str) -> None:
+    from transformers import AutoTokenizer
+
+    from edgellm_sdk.kit.loading import load_tokenizer
+
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_llama, folder)
+    config = json.loads((folder / "config.json").read_text()) | {"model_type": model_type}
+    (folder / "config.json").write_text(json.dumps(config))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    declared = "PreTrainedTokenizerFast", "LlamaTokenizerFast", "GPT2Tokenizer", "Qwen2TokenizerFast", "GemmaTokenizer"
+    for name in (*declared, "TokenizersBackend", "NoSuchTokenizer", None):
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"tokenizer_class": name}))
+        ours = load_tokenizer(ModelHandle(folder, "0" * 64, "hf", "any", "float32", 1))
+        theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        assert type(ours) is type(theirs)
+        assert ours.backend_tokenizer.to_str() == theirs.backend_tokenizer.to_str()
+        assert (ours.special_tokens_map, ours.chat_template) == (theirs.special_tokens_map, theirs.chat_template)
+
+
+def test_tokenizer_is_read_without_the_models_own_code(tiny_llama: Path) -> None:
+    code = """
+import sys
+from edgellm_sdk.kit.loading import load_tokenizer
+from edgellm_sdk.models import resolve
+load_tokenizer(resolve(sys.argv[1]))
+print("transformers.models.llama.configuration_llama" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(tiny_llama)], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
 @pytest.mark.model
 def test_smollm2(smollm2: ModelHandle) -> None:
     import torch
