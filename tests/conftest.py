@@ -61,8 +61,9 @@ CORPUS = [
 ]
 
 
-def write_tiny_llama(folder: Path, tied: bool = False, seed: int = 0, layers: int = 2) -> Path:
-    """A seeded random Llama with grouped-query attention and a byte-level BPE tokenizer, written as an HF folder."""
+def write_tiny_llama(folder: Path, tied: bool = False, seed: int = 0, layers: int = 2, width: int = 64) -> Path:
+    """A seeded random Llama with grouped-query attention and a byte-level BPE tokenizer, written as an HF folder. With
+    a `width` of 256 its rows hold super-blocks."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -91,8 +92,8 @@ def write_tiny_llama(folder: Path, tied: bool = False, seed: int = 0, layers: in
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=384,
-        hidden_size=64,
-        intermediate_size=128,
+        hidden_size=width,
+        intermediate_size=2 * width,
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -103,7 +104,7 @@ def write_tiny_llama(folder: Path, tied: bool = False, seed: int = 0, layers: in
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=2,
-        initializer_range=0.08,
+        initializer_range=0.64 / width**0.5,
     )
     model = LlamaForCausalLM(config)
     with torch.no_grad():
@@ -144,6 +145,21 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_llama_tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As `tiny_llama` with tied embeddings and another seed."""
     return write_tiny_llama(tmp_path_factory.mktemp("models") / "tiny-llama-tied", tied=True, seed=1)
+
+
+@pytest.fixture(scope="session")
+def wide_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `tiny_llama_tied` with hidden 256 and FFN 512."""
+    return write_tiny_llama(tmp_path_factory.mktemp("models") / "wide-llama", tied=True, width=256)
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """9 KB of plain text."""
+    path = tmp_path_factory.mktemp("text") / "calibration.txt"
+    sentence = "a small model learns on a small device from private messages, and classifies every one of them. "
+    path.write_text("".join(f"{sentence}{number} pounds. " for number in range(80)))
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,6 @@ from edgellm_sdk.kit import blocks
 from edgellm_sdk.models import resolve
 from edgellm_sdk.types import ModelHandle
 
-TEXT = "a small model learns on a small device from private messages, and classifies every one of them. "
 CHOICES = st.lists(
     st.tuples(st.integers(1, 40), st.integers(0, 100)).map(lambda p: Choice(f"f{p[0]}", p[0], p[1] / 7)),
     min_size=1,
@@ -81,33 +80,10 @@ def test_sizes_as_people_write_them() -> None:
         build(Config, {"bits": 4.0, "formats": "q8_0,q9"}, "auto-bits")
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "calibration.txt"
-    path.write_text("".join(f"{TEXT}{number} pounds. " for number in range(80)))
-    return path
-
-
-def model_of(source: Path, folder: Path, tied: bool) -> Path:
-    """Four layers, 256 and 512 wide, with the tiny model's tokenizer."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=384, hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=tied, bos_token_id=1, eos_token_id=2,
-        pad_token_id=2, initializer_range=0.05,
-    )  # fmt: skip
-    LlamaForCausalLM(config).to(torch.float32).save_pretrained(folder)
-    for name in checkpoint.SIDE_FILES:
-        if name not in (checkpoint.CONFIG, "generation_config.json") and (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
-    return folder
-
-
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
-def model(request: Any, tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> ModelHandle:
-    return resolve(str(model_of(tiny_llama, tmp_path_factory.mktemp("wide") / "model", request.param)))
+def model(request: Any, make_tiny_llama: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> ModelHandle:
+    folder = tmp_path_factory.mktemp("wide") / "model"
+    return resolve(str(make_tiny_llama(folder, tied=request.param, layers=4, width=256)))
 
 
 def options(text: Path, **given: Any) -> Config:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,6 @@ from edgellm_sdk.types import ModelHandle
 
 SUPER = tuple(super_blocks.FORMATS)
 ALL = (*blocks.FORMATS, *SUPER)
-TEXT = "a small model learns on a small device from private messages, and classifies every one of them. "
 
 
 def problem(columns: int, rows: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -42,35 +40,6 @@ def problem(columns: int, rows: int, seed: int = 0) -> tuple[torch.Tensor, torch
     x = torch.randn(4 * columns, columns, generator=g) @ (mix + 0.3 * torch.eye(columns))
     x *= torch.logspace(-0.5, 0.7, columns)[torch.randperm(columns, generator=g)]
     return torch.randn(columns, rows, generator=g) * 0.1, 2 * x.t() @ x / len(x)
-
-
-def wide_llama(source: Path, folder: Path, tied: bool = True) -> Path:
-    """The tiny model's tokenizer around a model whose rows are 256 and 512 wide, so that super-blocks fit."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=384, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=tied, bos_token_id=1, eos_token_id=2,
-        pad_token_id=2, initializer_range=0.05,
-    )  # fmt: skip
-    LlamaForCausalLM(config).to(torch.float32).save_pretrained(folder)
-    for name in checkpoint.SIDE_FILES:
-        if name not in (checkpoint.CONFIG, "generation_config.json") and (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def wide(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return wide_llama(tiny_llama, tmp_path_factory.mktemp("wide") / "model")
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "calibration.txt"
-    path.write_text("".join(f"{TEXT}{number} pounds. " for number in range(80)))
-    return path
 
 
 def compressed(model: Path, folder: Path, text: Path, plan: dict[str, str] | None = None, **given: Any) -> ModelHandle:
@@ -173,11 +142,11 @@ def test_linears_of_one_input_can_have_formats_of_their_own() -> None:
 
 
 @pytest.mark.parametrize("fmt", ALL)
-def test_codes_reach_the_file_as_they_were_chosen(fmt: str, wide: Path, text: Path, tmp_path: Path) -> None:
+def test_codes_reach_the_file_as_they_were_chosen(fmt: str, wide_llama: Path, text: Path, tmp_path: Path) -> None:
     """Compressed folder, GGUF file and the gguf package's reader agree bit for bit, embedding included."""
     import gguf
 
-    small = compressed(wide, tmp_path / "run", text, format=fmt, embedding=fmt)
+    small = compressed(wide_llama, tmp_path / "run", text, format=fmt, embedding=fmt)
     artifact = export(small, tmp_path / "m.gguf", GGUF(), Context(tmp_path))
     slots, found = llama_family.slots(llama_family.read(small.path)), checkpoint.inspect(small.path)
     state = small.load().model.state_dict()
@@ -205,8 +174,8 @@ def test_rows_that_are_no_super_blocks_fall_back_and_say_so(tiny_llama: Path, te
     assert any("14 layers whose rows are no whole blocks: q4_k -> q5_0" in note for note in ctx.notes)
 
 
-def test_the_ends(tiny_llama: Path, wide: Path, text: Path, tmp_path: Path) -> None:
-    tied = compressed(wide, tmp_path / "tied", text, format="q8_0", embedding="q4_k")
+def test_the_ends(tiny_llama: Path, wide_llama: Path, text: Path, tmp_path: Path) -> None:
+    tied = compressed(wide_llama, tmp_path / "tied", text, format="q8_0", embedding="q4_k")
     rows = json.loads((tmp_path / "tied" / "layers.json").read_text())["layers"]
     assert rows[-1]["name"] == "model.embed_tokens" and rows[-1]["gptq"] < rows[-1]["rtn"]
     assert checkpoint.inspect(tied.path).tensors["model.embed_tokens.weight"].stored == "q4_k"
@@ -215,16 +184,16 @@ def test_the_ends(tiny_llama: Path, wide: Path, text: Path, tmp_path: Path) -> N
     assert stored.pop("model.embed_tokens.weight") == "q5_0" and stored.pop("lm_head.weight") == "q8_0"
     assert set(stored.values()) == {"q4_0"}
     plan = {"model.embed_tokens.weight": "q6_k", "model.layers.1.mlp.down_proj.weight": "q3_k"}
-    planned = checkpoint.inspect(compressed(wide, tmp_path / "plan", text, plan=plan).path).tensors
+    planned = checkpoint.inspect(compressed(wide_llama, tmp_path / "plan", text, plan=plan).path).tensors
     assert {name: planned[name].stored for name in plan} == plan
     assert planned["model.layers.0.mlp.down_proj.weight"].stored == "q4_0"
 
 
 def test_a_finished_walk_is_taken_up_with_its_formats(
-    wide: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    wide_llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = {"format": "iq4_nl", "formats": "down_proj=q4_k", "embedding": "q5_k"}
-    calm = compressed(wide, tmp_path / "calm", text, **given)
+    calm = compressed(wide_llama, tmp_path / "calm", text, **given)
 
     def stopped(*args: Any) -> None:
         raise KeyboardInterrupt
@@ -232,19 +201,19 @@ def test_a_finished_walk_is_taken_up_with_its_formats(
     with monkeypatch.context() as patch:
         patch.setattr(method.ends, "quantise", stopped)
         with pytest.raises(KeyboardInterrupt):
-            compressed(wide, tmp_path / "again", text, **given)
-    again = compressed(wide, tmp_path / "again", text, **given)
+            compressed(wide_llama, tmp_path / "again", text, **given)
+    again = compressed(wide_llama, tmp_path / "again", text, **given)
     assert again.digest == calm.digest
 
 
-def test_formats_that_cannot_be_meant_are_refused(wide: Path, text: Path, tmp_path: Path) -> None:
+def test_formats_that_cannot_be_meant_are_refused(wide_llama: Path, text: Path, tmp_path: Path) -> None:
     for formats, words in (("down_proj", "is not PATTERN=FORMAT"), ("down_proj=q9_k", "no format 'q9_k'")):
         with pytest.raises(ConfigError, match=words):
             build(Config, {"formats": formats}, "gptq")
     with pytest.raises(ConfigError, match="no blocks beside them"):
         build(Config, {"format": "int4", "embedding": "q8_0"}, "gptq")
     with pytest.raises(ConfigError, match="'donw_proj' matches no layer"):
-        compressed(wide, tmp_path / "run", text, formats="donw_proj=q4_k")
+        compressed(wide_llama, tmp_path / "run", text, formats="donw_proj=q4_k")
 
 
 @settings(max_examples=100, deadline=None)

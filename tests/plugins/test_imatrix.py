@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,35 +24,12 @@ from edgellm_sdk.errors import ConfigError, ModelError
 from edgellm_sdk.models import resolve
 from edgellm_sdk.types import ModelHandle
 
-TEXT = "a small model learns on a small device from private messages, and classifies every one of them. "
-
 
 @pytest.fixture(scope="module")
-def wide(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Rows 256 and 512 wide, so that no type falls back."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    folder = tmp_path_factory.mktemp("wide") / "model"
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=384, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2,
-        pad_token_id=2, initializer_range=0.05,
-    )  # fmt: skip
-    LlamaForCausalLM(config).to(torch.float32).save_pretrained(folder)
-    for name in checkpoint.SIDE_FILES:
-        if name not in (checkpoint.CONFIG, "generation_config.json") and (tiny_llama / name).is_file():
-            shutil.copyfile(tiny_llama / name, folder / name)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def measured(wide: Path, tmp_path_factory: pytest.TempPathFactory) -> ModelHandle:
+def measured(wide_llama: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> ModelHandle:
     folder = tmp_path_factory.mktemp("measured")
-    text = folder / "text.txt"
-    text.write_text("".join(f"{TEXT}{number} pounds. " for number in range(80)))
     options = {"calibration_samples": 4, "calibration_length": 32, "calibration_text": str(text)}
-    return method.compress(resolve(str(wide)), None, build(Measure, options, "imatrix"), Context(folder, seed=1))
+    return method.compress(resolve(str(wide_llama)), None, build(Measure, options, "imatrix"), Context(folder, seed=1))
 
 
 def test_sums_are_those_worked_out_from_the_inputs(tiny_llama: Path, tmp_path: Path) -> None:
@@ -85,7 +61,8 @@ def test_the_file_is_that_of_llama_cpps_tool(measured: ModelHandle) -> None:
     reader = gguf.GGUFReader(path)
     fields = {name: reader.fields[name].contents() for name in reader.fields if not name.startswith("GGUF.")}
     assert fields == {
-        "general.type": "imatrix", "imatrix.datasets": ["text.txt"], "imatrix.chunk_count": 4, "imatrix.chunk_size": 32,
+        "general.type": "imatrix", "imatrix.datasets": ["calibration.txt"],
+        "imatrix.chunk_count": 4, "imatrix.chunk_size": 32,
     }  # fmt: skip
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     assert len(tensors) == 30  # 14 linears and the head, which is the embedding here
@@ -99,8 +76,8 @@ def test_the_file_is_that_of_llama_cpps_tool(measured: ModelHandle) -> None:
     again.path.unlink()
 
 
-def test_the_model_beside_it_is_the_one_given(measured: ModelHandle, wide: Path) -> None:
-    ours, theirs = measured.load().model.state_dict(), resolve(str(wide)).load().model.state_dict()
+def test_the_model_beside_it_is_the_one_given(measured: ModelHandle, wide_llama: Path) -> None:
+    ours, theirs = measured.load().model.state_dict(), resolve(str(wide_llama)).load().model.state_dict()
     assert ours.keys() == theirs.keys() and all(torch.equal(value, theirs[name]) for name, value in ours.items())
 
 
@@ -205,8 +182,8 @@ def test_same_types_are_copied(measured: ModelHandle, tmp_path: Path) -> None:
         assert np.array_equal(after.tensor_bytes(name), before.tensor_bytes(name))
 
 
-def test_what_cannot_be_done_is_refused(measured: ModelHandle, wide: Path, tmp_path: Path) -> None:
-    plain = resolve(str(wide))
+def test_what_cannot_be_done_is_refused(measured: ModelHandle, wide_llama: Path, tmp_path: Path) -> None:
+    plain = resolve(str(wide_llama))
 
     def refused(error: type[Exception], words: str, model: ModelHandle = plain, **given: Any) -> None:
         with pytest.raises(error, match=words):
@@ -218,7 +195,9 @@ def test_what_cannot_be_done_is_refused(measured: ModelHandle, wide: Path, tmp_p
     refused(ConfigError, "is not PATTERN=FORMAT", type="q4_k_m", types="ffn_down")
     refused(ConfigError, "matches no tensor", type="q4_k_m", types="ffn_dwon=q8_0")
     refused(ConfigError, "adapter is f32 or f16", type="q4_k_m", adapter="separate")
-    refused(ModelError, "is not a GGUF|cannot be|no such|is not", type="q4_k_m", imatrix=str(wide / "config.json"))
+    refused(
+        ModelError, "is not a GGUF|cannot be|no such|is not", type="q4_k_m", imatrix=str(wide_llama / "config.json")
+    )
     other = Imatrix(tmp_path / "other.gguf", {"blk.0.attn_q.weight": Entry(np.ones(8, np.float32), 4)}, ("x",), 1, 4)
     imatrix.write(other)
     refused(ModelError, "8 inputs there, 256 here", type="q4_k_m", imatrix=str(other.path))
