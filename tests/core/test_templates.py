@@ -68,12 +68,14 @@ INERT = {
 }
 
 
+@pytest.mark.row("F6")
 @pytest.mark.parametrize("template", INERT)
 def test_inert(template: str) -> None:
     with Renderer(template, {}) as renderer:
         assert renderer.render(HI) == INERT[template]
 
 
+@pytest.mark.row("F6")
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_hostile(tmp_path: Path, kind: str) -> None:
     canary, start = tmp_path / "canary", time.monotonic()
