@@ -301,7 +301,7 @@ class _Behaviour:
         return [
             Check("kl mean", mean <= t.kl_mean, mean, t.kl_mean, f"{mean:.3g} nats over {rows}"),
             Check("kl p99", p99 <= t.kl_p99, p99, t.kl_p99, f"{p99:.3g} nats, largest {worst:.3g}, over {rows}"),
-            Check("top-1", excused >= t.top1, excused, t.top1, f"{excused:.4f} agree, {raw:.4f} with near ties"),
+            Check("top-1", excused >= t.top1, excused, t.top1, f"{raw:.4f} agree, {excused:.4f} with near ties"),
             _verdict("continuation", self._greedy, self._generations, f"continuations, {self._equal} token for token"),
             _verdict("stop", self._stops, self._ended, "continuations end as the model's do"),
         ]

@@ -20,7 +20,7 @@ import stat
 import subprocess
 import tempfile
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from importlib import resources
 from math import inf
 from pathlib import Path
@@ -47,12 +47,34 @@ _SHIFT = (ctypes.c_int, _POINTER, _POINTER, _COUNT, _COUNT, *_NOISE, _FLOAT)
 _MOVE = (ctypes.c_int, _POINTER, _COUNT, _COUNT, *_NOISE, _COUNT, _COUNT, _FLOAT, _POINTER, _POINTER)
 
 
+class Directions:
+    """Where the noise of some directions lies, block by block, for all tensors of a set one after the other.
+
+    `places` and `factors` (S, blocks), int64 and float32, tell of every block where in the bank its noise is and by
+    what it is multiplied, sign included; `rounding` (blocks,) int64 where its bits for rounding are. Addresses are kept
+    because a model has hundreds of tensors, and asking numpy for one takes as long as a small sweep.
+    """
+
+    def __init__(self, places: Array, factors: Float32, rounding: Array) -> None:
+        self.places = np.ascontiguousarray(places, np.int64)
+        self.factors = np.ascontiguousarray(factors, np.float32)
+        self.rounding = np.ascontiguousarray(rounding, np.int64)
+        if self.places.shape != self.factors.shape or self.rounding.shape != self.places.shape[1:]:
+            raise ValueError("a block has one factor for each place, and one place for its rounding")
+        self.count, self.stride = self.places.shape
+        self._starts = self.places.ctypes.data, self.factors.ctypes.data, self.rounding.ctypes.data
+
+    def at(self, first: int) -> tuple[int, int, int]:
+        """Addresses of block `first` in the first row of the three arrays."""
+        places, factors, rounding = self._starts
+        return places + 8 * first, factors + 4 * first, rounding + 8 * first
+
+
 class Sweeps:
     """Runs the loops on torch's number of threads. `uniform()` is the bank of rounding bits, uint16.
 
-    Tensors are contiguous, on the CPU, float32 or bfloat16; the bank of a shift has their dtype. `places` and `factors`
-    (S, blocks), int64 and float32, tell of every block of the whole tensor where its noise lies in the bank and by what
-    it is multiplied, sign included.
+    Tensors are contiguous, on the CPU, float32 or bfloat16; the bank of a shift has their dtype. `blocks` says which of
+    the directions' blocks are those of the whole tensor.
     """
 
     def __init__(self, library: ctypes.CDLL, uniform: Callable[[], Array], block: int) -> None:
@@ -60,44 +82,54 @@ class Sweeps:
         self._shift = {t: _function(library, "shift", t, _SHIFT) for t in (torch.float32, torch.bfloat16)}
         self._move = {t: _function(library, "move", t, _MOVE) for t in self._shift}
 
+    @cached_property
+    def _bits(self) -> int:
+        """The address of the rounding bits, which are not made before they are needed."""
+        self._held = self._uniform()
+        return int(self._held.ctypes.data)
+
     def takes(self, dtype: torch.dtype) -> bool:
         return dtype in self._shift
 
     def shift(
-        self, weight: Tensor, out: Tensor, start: int, bank: Tensor, places: Array, factors: Float32, limit: float = inf
+        self,
+        weight: Tensor,
+        out: Tensor,
+        start: int,
+        bank: Tensor,
+        along: Directions,
+        blocks: slice,
+        limit: float = inf,
     ) -> None:
         """out = weight + factor * z where |weight| <= limit, rounded to the nearest; `out` may be `weight`, which may
         be a piece of the tensor that begins at its element `start`."""
         dtype, count = weight.dtype, weight.numel()
         if not out.dtype == bank.dtype == dtype or out.numel() != count or not out.is_contiguous():
             raise ValueError("a sweep takes contiguous tensors of one size and dtype")
-        places, factors = self._checked(weight, start, places, factors)
-        noise = bank.data_ptr(), places.ctypes.data, factors.ctypes.data
+        places, factors, _ = self._checked(weight, start, along, blocks)
+        noise = bank.data_ptr(), places, factors
         tensors = weight.data_ptr(), out.data_ptr(), count, start
         self._shift[dtype](_threads(count), *tensors, *noise, _rounded(limit, dtype))
 
-    def move(
-        self, weight: Tensor, bank: Tensor, places: Array, factors: Float32, rounding: Array, limit: float = inf
-    ) -> None:
-        """weight += sum_k factor_k z_k where |weight| <= limit, in place, with a float32 bank. `rounding` (blocks,)
-        int64 are the places of a bfloat16's random bits."""
+    def move(self, weight: Tensor, bank: Tensor, along: Directions, blocks: slice, limit: float = inf) -> None:
+        """weight += sum_k factor_k z_k where |weight| <= limit, in place, with a float32 bank."""
         dtype, count = weight.dtype, weight.numel()
-        places, factors = self._checked(weight, 0, places, factors)
-        rounding = np.ascontiguousarray(rounding, np.int64)
-        if len(rounding) != places.shape[1]:
-            raise ValueError(f"{places.shape[1]} blocks, {len(rounding)} places for their rounding")
-        uniform = self._uniform().ctypes.data if dtype == torch.bfloat16 else bank.data_ptr()  # float32 reads none
-        noise = bank.data_ptr(), places.ctypes.data, factors.ctypes.data, *places.shape
-        random = uniform, rounding.ctypes.data
+        places, factors, rounding = self._checked(weight, 0, along, blocks)
+        uniform = self._bits if dtype == torch.bfloat16 else bank.data_ptr()  # float32 reads none
+        noise = bank.data_ptr(), places, factors, along.count, along.stride
+        random = uniform, rounding
         self._move[dtype](_threads(count), weight.data_ptr(), count, 0, *noise, _rounded(limit, dtype), *random)
 
-    def _checked(self, weight: Tensor, start: int, places: Array, factors: Float32) -> tuple[Array, Float32]:
-        """Places and factors as C reads them. ValueError where it would read or write past an end."""
-        if places.shape != factors.shape or not weight.is_contiguous():
-            raise ValueError("a sweep takes a contiguous tensor, and one factor for each place")
-        if start < 0 or start + weight.numel() > places.shape[1] * self._block:
-            raise ValueError(f"elements {start} to {start + weight.numel()} of {places.shape[1]} blocks")
-        return np.ascontiguousarray(places, np.int64), np.ascontiguousarray(factors, np.float32)
+    def _checked(self, weight: Tensor, start: int, along: Directions, blocks: slice) -> tuple[int, int, int]:
+        """Where C reads of the tensor's first block. ValueError where it would read or write past an end."""
+        if not weight.is_contiguous():
+            raise ValueError("a sweep takes a contiguous tensor")
+        first, end = blocks.start, blocks.stop
+        if not 0 <= first <= end <= along.stride:
+            raise ValueError(f"blocks {first} to {end} of {along.stride}")
+        if start < 0 or start + weight.numel() > (end - first) * self._block:
+            raise ValueError(f"elements {start} to {start + weight.numel()} of {end - first} blocks")
+        return along.at(first)
 
 
 def _function(library: ctypes.CDLL, name: str, dtype: torch.dtype, arguments: tuple[Any, ...]) -> Any:

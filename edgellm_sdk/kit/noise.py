@@ -24,6 +24,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import inf
+from typing import Any
 
 import numpy as np
 import torch
@@ -168,16 +169,26 @@ class Noise:
             name: slice(*span) for name, span in zip(sizes, zip(starts, starts[1:], strict=False), strict=True)
         }
         self._drawn: OrderedDict[tuple[int, ...], tuple[Array, Float32]] = OrderedDict()
+        self._scaled: OrderedDict[tuple[tuple[int, ...], tuple[float, ...]], native.Directions] = OrderedDict()
         compiled = native.library() if self.device.type == "cpu" and sum(sizes.values()) >= BANK else None
         self._sweeps = native.Sweeps(compiled, rounding_bank, BLOCK) if compiled else None
 
-    def _places(self, seeds: tuple[int, ...], name: str) -> tuple[Array, Float32]:
+    def _signed(self, seeds: tuple[int, ...]) -> tuple[Array, Float32]:
+        """Places and signs of all tensors' blocks."""
         if seeds not in self._drawn:
             self._drawn[seeds] = _draw(seeds, self._names, self._blocks)
-            while len(self._drawn) > 8:
-                self._drawn.popitem(last=False)
-        where, signs = self._drawn[seeds]
-        return where[:, self._spans[name]], signs[:, self._spans[name]]
+            _trim(self._drawn)
+        return self._drawn[seeds]
+
+    def _along(self, seeds: tuple[int, ...], coefficients: tuple[float, ...]) -> native.Directions:
+        """The same, with signs times coefficients."""
+        key = seeds, coefficients
+        if key not in self._scaled:
+            where, signs = self._signed(seeds)
+            factors = signs * np.array(coefficients, np.float32)[:, None]
+            self._scaled[key] = native.Directions(where, factors, _scrambled(where[-1]))
+            _trim(self._scaled)
+        return self._scaled[key]
 
     def shifted(
         self, weight: Tensor, seed: int, name: str, coefficient: float, out: Tensor, start: int = 0, limit: float = inf
@@ -186,12 +197,11 @@ class Noise:
 
         `weight` may be a slice of the tensor that begins at its element `start`. Where |weight| > limit z is 0.
         """
-        places, factors = self._places((seed,), name)
-        noise = self._in(weight.dtype)
+        along, blocks, noise = self._along((seed,), (coefficient,)), self._spans[name], self._in(weight.dtype)
         if self._sweeps and self._sweeps.takes(weight.dtype):
-            return self._sweeps.shift(weight, out, start, noise, places, factors * np.float32(coefficient), limit)
+            return self._sweeps.shift(weight, out, start, noise, along, blocks, limit)
         flat, result = weight.view(-1), out.view(-1)
-        (where,), (signs,) = places, factors
+        where, factors = along.places[0, blocks], along.factors[0, blocks]
         begin = 0
         while begin < flat.numel():
             b, within = divmod(start + begin, BLOCK)
@@ -200,7 +210,7 @@ class Noise:
             part, z = flat[begin:end], noise[place : place + end - begin]
             if limit < inf:
                 z = z * (part.abs() <= limit)
-            torch.add(part, z, alpha=float(signs[b]) * coefficient, out=result[begin:end])
+            torch.add(part, z, alpha=float(factors[b]), out=result[begin:end])
             begin = end
         return None
 
@@ -211,7 +221,7 @@ class Noise:
 
     def rows(self, seed: int, name: str, columns: int, rows: Tensor) -> Tensor:
         """z of some rows of a matrix: (n,) int64 -> (n, columns) float32."""
-        (where,), (signs,) = self._places((seed,), name)
+        (where,), (signs,) = (drawn[:, self._spans[name]] for drawn in self._signed((seed,)))
         at = rows * columns
         block, within = at >> BLOCK_BITS, at & BLOCK - 1
         place = torch.from_numpy(where).to(self.device)[block] + within
@@ -227,11 +237,11 @@ class Noise:
         A 16-bit weight is rounded stochastically, because steps far below its spacing would all be lost. The random
         bits belong to the move, so a replay rounds alike.
         """
-        where, signs = self._places(move.seeds, name)
-        first = signs * np.array(move.first, np.float32)[:, None]
-        rounding = _scrambled(where[-1])
+        along, blocks = self._along(move.seeds, move.first), self._spans[name]
         if self._sweeps and self._sweeps.takes(weight.dtype) and not move.second and not move.decay:
-            return self._sweeps.move(weight, self._bank, where, first, np.array(rounding), limit)
+            return self._sweeps.move(weight, self._bank, along, blocks, limit)
+        where, first = along.places[:, blocks], along.factors[:, blocks]
+        rounding = along.rounding[blocks].tolist()
         flat, kept = weight.view(-1), float(np.float32(1 - move.decay))
         for b in range(where.shape[1]):
             part = flat[b * BLOCK : (b + 1) * BLOCK]
@@ -285,12 +295,17 @@ class Noise:
         part.copy_(new)
 
 
-def _scrambled(places: Array) -> list[int]:
+def _scrambled(places: Array) -> Array:
     """Other places in a bank, one for each: where a block's rounding bits lie, given where its noise does."""
-    found: list[int] = ((places * 0x9E3779B1 + 0x7F4A7C15) & (BANK - 1)).tolist()
-    return found
+    return (places * 0x9E3779B1 + 0x7F4A7C15) & (BANK - 1)
+
+
+def _trim(kept: OrderedDict[Any, Any], most: int = 4) -> None:
+    while len(kept) > most:
+        kept.popitem(last=False)
 
 
 def rounding_places(move: Move, name: str, blocks: int) -> list[int]:
     """Where in the rounding bank the bits for each part of a move lie, for directions that are no blocks of a bank."""
-    return _scrambled(places([move.seeds[-1]], name, blocks * BLOCK)[0][0])
+    found: list[int] = _scrambled(places([move.seeds[-1]], name, blocks * BLOCK)[0][0]).tolist()
+    return found
