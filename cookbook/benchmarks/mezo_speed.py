@@ -7,15 +7,17 @@ model is to learn labels. `ours` shifts each weight in a scratch while it is use
 the weights once; `plain` draws noise tensor by tensor from the framework's generator and writes the weights four times
 (+eps, -2 eps, +eps, the update eta (g z + lambda theta) with lambda 0) around transformers' own forward passes, which
 compute the logits of all positions, where ours has those that are scored.
-Forwards, ours and plain run in turns; a ratio is the median over turns, and beside it stands that of the fastest times,
-since whatever else runs on a machine only adds to them. A sweep moves every weight along one direction;
-it is compared with adding one array to another of the same size. Memory is the peak of a fresh process for each case.
+Forwards, ours and plain run in turns, plain on a copy of the model, and each forward pair with a step right after it
+PAIRS times a turn; a ratio is the median over turns, and beside it stands that of the fastest times, since whatever
+else runs on a machine only adds to them. A sweep moves every weight along one direction; it is compared with adding one
+array to another of the same size. Memory is the peak of a fresh process for each case.
 Replay rebuilds a whole model from its log in numpy, in torch on one thread and on two, and compares digests.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import hashlib
 import json
 import statistics
@@ -42,6 +44,7 @@ from edgellm_sdk.report import environment, peak_rss
 from edgellm_sdk.types import Dataset
 
 ROWS, TOKENS, EPS, ETA = 8, 64, 1e-3, 1e-7
+PAIRS = 4
 DTYPES = ("float32", "bfloat16")
 LOG = tuple(Move((1000 + t,), (1e-4 * (-1) ** t,)) for t in range(20))
 
@@ -96,7 +99,7 @@ def timed(work: Any) -> float:
 
 def speed(dtype: str, seconds: float, label: bool = False) -> dict[str, Any]:
     space, ids, labels = setting(dtype, label)
-    model = space.whole.model
+    model = copy.deepcopy(space.whole.model)
     arrays = [torch.zeros_like(p) for p in space.whole.parameters.values()]
 
     def forwards() -> None:
@@ -114,28 +117,34 @@ def speed(dtype: str, seconds: float, label: bool = False) -> dict[str, Any]:
 
     our_step(space, 0)
     forwards()
-    turns: list[dict[str, float]] = []
+    turns: list[dict[str, list[float]]] = []
     began = time.monotonic()
     while time.monotonic() - began < seconds or len(turns) < 7:
         k = len(turns) + 1
-        turns.append(
-            {
-                "two forwards": timed(forwards),
-                "two forwards of transformers": timed(theirs),
-                "step": timed(lambda k=k: our_step(space, k)),
-                "sweep": timed(lambda k=k: space.step(Move((10_000 + k,), (1e-9,)))),
-                "add": timed(add),
-                "plain step": timed(lambda k=k: plain_step(model, ids, labels, k)),
-            }
-        )
+        turn: dict[str, list[float]] = {"two forwards": [], "step": []}
+        for pair in range(PAIRS):
+            turn["two forwards"].append(timed(forwards))
+            turn["step"].append(timed(lambda seed=PAIRS * k + pair: our_step(space, seed)))
+        turn["two forwards of transformers"] = [timed(theirs)]
+        turn["sweep"] = [timed(lambda k=k: space.step(Move((10_000 + k,), (1e-9,))))]
+        turn["add"] = [timed(add)]
+        turn["plain step"] = [timed(lambda k=k: plain_step(model, ids, labels, k))]
+        turns.append(turn)
 
-    fastest = {name: min(t[name] for t in turns) for name in turns[0]}
+    fastest = {name: min(min(t[name]) for t in turns) for name in turns[0]}
 
     def ratio(above: str, below: str) -> list[float]:
-        return [statistics.median(t[above] / t[below] for t in turns), fastest[above] / fastest[below]]
+        """Of neighbours where both are measured as often, else of the medians of a turn."""
+        found: list[float] = []
+        for t in turns:
+            if len(t[above]) == len(t[below]):
+                found += [x / y for x, y in zip(t[above], t[below], strict=True)]
+            else:
+                found.append(statistics.median(t[above]) / statistics.median(t[below]))
+        return [statistics.median(found), fastest[above] / fastest[below]]
 
     return {
-        "seconds": {name: [statistics.median(t[name] for t in turns), fastest[name]] for name in turns[0]},
+        "seconds": {name: [statistics.median(x for t in turns for x in t[name]), fastest[name]] for name in turns[0]},
         "step_over_two_forwards": ratio("step", "two forwards"),
         "step_over_two_forwards_of_transformers": ratio("step", "two forwards of transformers"),
         "plain_step_over_step": ratio("plain step", "step"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import threading
 import time
 from pathlib import Path
@@ -194,7 +195,15 @@ def test_equal_to_transformers_on_smollm2(smollm2: ModelHandle) -> None:
     from edgellm_sdk.kit.loading import load_tokenizer
     from edgellm_sdk.kit.prompts import prompt_text
 
-    tokenizer = load_tokenizer(smollm2)
-    for messages in CONVERSATIONS:
+    tokenizer, draw = load_tokenizer(smollm2), random.Random(3)
+    pieces = ("", "hi", " é\n", "<|im_end|>", "你好 🙂", "{{ 7*7 }}", "'re\t12", "\u2028 ", "a" * 300)
+    drawn = [
+        [
+            {"role": draw.choice(("system", "user", "assistant")), "content": "".join(draw.choices(pieces, k=turns))}
+            for turns in range(draw.randrange(1, 6))
+        ]
+        for _ in range(200)
+    ]
+    for messages in (*CONVERSATIONS, *drawn):
         theirs = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         assert prompt_text(tokenizer, tuple(messages)) == theirs

@@ -48,11 +48,18 @@ def test_who_reads_whom(tiny_llama: Path) -> None:
     assert shared == {f"model.layers.{i}.self_attn.o_proj": (2, 2, 16) for i in range(2)}
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize(("seed", "heads"), [(0, (4, 2)), (1, (4, 2)), (0, (9, 3))])
 @torch.no_grad()
-def test_any_scales_change_no_answer(tiny_llama: Path, seed: int) -> None:
-    """Grouped-query attention with 4 query and 2 value heads; float64, so that nothing but the algebra is tested."""
-    model = resolve(str(tiny_llama)).load().model.double()
+def test_any_scales_change_no_answer(seed: int, heads: tuple[int, int]) -> None:
+    """Grouped-query attention, that of SmolLM2 too; float64, so that nothing but the algebra is tested."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=384, hidden_size=16 * heads[0], intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=heads[0], num_key_value_heads=heads[1], initializer_range=0.1,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).double().eval()
     tokens = torch.randint(384, (2, 24), generator=torch.Generator().manual_seed(seed))
     before = model(input_ids=tokens).logits
     sources, shared = sources_of(model, tokens[:1])

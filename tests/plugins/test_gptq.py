@@ -515,4 +515,5 @@ def test_it_beats_round_to_nearest_on_the_real_model(name: str, smollm2: ModelHa
     _, records = layerwise.walk(
         loaded.model, torch.tensor(ids).view(4, 256), Gptq(Config(format=name)), Context(tmp_path), title="g", key="k"
     )
-    assert len(records) == 21 and sum(row["gptq"] < row["rtn"] for row in records) >= 0.95 * 21
+    better = sum(row["gptq"] < row["rtn"] for row in records)
+    assert len(records) == 21 and better >= (21 if name == "int3" else 0.95 * 21)

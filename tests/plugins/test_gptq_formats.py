@@ -164,6 +164,29 @@ def test_codes_reach_the_file_as_they_were_chosen(fmt: str, wide_llama: Path, te
     assert gguf_file.read(artifact.path).metadata["general.file_type"] in range(2, 31)
 
 
+@pytest.mark.llama
+def test_llama_cpp_leaves_our_codes_alone_in_a_file_of_stock_size(wide_llama: Path, text: Path, tmp_path: Path) -> None:
+    """Its quantiser copies blocks of the type asked for; codes that it would choose otherwise show that it does."""
+    pytest.importorskip("llama_cpp")
+    from edgellm_hardware.llama_cpp.quantiser import quantise
+
+    small = compressed(wide_llama, tmp_path / "run", text, format="q4_0")
+    ours = export(small, tmp_path / "ours.gguf", GGUF(embedding="q8_0", name="m"), Context(tmp_path)).path
+    quantise(ours, tmp_path / "after.gguf", "q4_0", None, (("token_embd", 8),), 1)
+    before, after = gguf_file.read(ours), gguf_file.read(tmp_path / "after.gguf")
+    chosen_otherwise = 0
+    for name, info in before.tensors.items():
+        raw = before.tensor_bytes(name)
+        assert after.tensors[name].type == info.type and np.array_equal(after.tensor_bytes(name), raw)
+        if info.type == "Q4_0":
+            chosen_otherwise += not np.array_equal(blocks.nearest(blocks.decode(raw, "q4_0"), "q4_0"), raw)
+    assert chosen_otherwise == 14
+    stock = GGUF(type="q4_0", embedding="q8_0", imatrix="none", name="m")
+    assert export(resolve(str(wide_llama)), tmp_path / "stock.gguf", stock, Context(tmp_path)).path.stat().st_size == (
+        ours.stat().st_size
+    )
+
+
 def test_rows_that_are_no_super_blocks_fall_back_and_say_so(tiny_llama: Path, text: Path, tmp_path: Path) -> None:
     """The tiny model is 64 and 128 wide."""
     ctx = Context(tmp_path / "run", seed=1)

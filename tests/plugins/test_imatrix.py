@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -165,6 +166,10 @@ def test_single_tensors_get_the_type_asked_for(measured: ModelHandle, tmp_path: 
     assert got["blk.0.ffn_down.weight"] == got["blk.1.ffn_down.weight"] == "Q6_K"
     assert got["blk.0.attn_v.weight"] == "IQ3_S" and got["blk.1.attn_v.weight"] == "Q8_0"
     assert got["blk.1.attn_output.weight"] == "Q4_K" and got["token_embd.weight"] == "F16"
+    bits = {"Q6_K": 6.5625, "IQ3_S": 3.4375, "Q8_0": 8.5, "Q4_K": 4.5, "F16": 16.0, "F32": 32.0}
+    sizes = {t.name: math.prod(t.shape) * bits[t.type] / 8 for t in found.tensors.values()}
+    begin = min(t.offset for t in found.tensors.values())
+    assert (tmp_path / "m.gguf").stat().st_size == begin + sum(size + -size % 32 for size in sizes.values())
 
 
 @pytest.mark.llama
