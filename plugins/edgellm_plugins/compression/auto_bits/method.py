@@ -183,7 +183,7 @@ def compress(model: ModelHandle, data: Dataset | None, config: Config, ctx: Cont
     refuse_quantised(model)
     formats = choose(model, data, config, ctx)
     settings = Gptq(
-        format="q8_0", passes=config.passes, calibration_samples=config.calibration_samples,
+        format="q8_0", damping=config.damping, passes=config.passes, calibration_samples=config.calibration_samples,
         calibration_length=config.calibration_length, calibration_text=config.calibration_text, dtype=config.dtype,
     )  # fmt: skip
     handle = quantise(model, data, settings, ctx, formats)
