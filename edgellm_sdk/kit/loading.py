@@ -10,7 +10,7 @@ import contextlib
 import copy
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -208,13 +208,13 @@ def load_tokenizer(handle: ModelHandle) -> Any:
     from transformers import AutoTokenizer
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
-        if (folder / name).is_file():
-            checkpoint.read_json(folder / name)
+    names = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", checkpoint.CONFIG)
+    found = {name: checkpoint.read_json(folder / name) for name in names if (folder / name).is_file()}
     with _quiet():
         try:
+            config = _enough(folder, found.get(checkpoint.CONFIG, {}), found.get("tokenizer_config.json", {}))
             tokenizer = AutoTokenizer.from_pretrained(
-                folder, config=_tokenizer_config(folder), local_files_only=True, trust_remote_code=False
+                folder, config=config, local_files_only=True, trust_remote_code=False
             )
         except Exception as error:
             raise ModelError("its tokenizer cannot be read", str(folder)) from error
@@ -223,17 +223,11 @@ def load_tokenizer(handle: ModelHandle) -> Any:
     return tokenizer
 
 
-def _tokenizer_config(folder: Path) -> Any:
-    """All that AutoTokenizer asks of a model's configuration when the tokenizer names its own class: without it the
-    model's own configuration class would be imported, which takes longer than reading the tokenizer."""
+def _enough(folder: Path, model: Mapping[str, Any], tokenizer: Mapping[str, Any]) -> Any:
+    """All that AutoTokenizer asks of a model's configuration when the tokenizer names its own class, else None: then it
+    imports the model's own configuration class, which takes longer than reading the tokenizer."""
     from transformers import PreTrainedConfig
 
-    if not all((folder / name).is_file() for name in (checkpoint.CONFIG, "tokenizer_config.json")):
-        return None
-    model, tokenizer = (
-        checkpoint.read_json(folder / checkpoint.CONFIG),
-        checkpoint.read_json(folder / "tokenizer_config.json"),
-    )
     if not isinstance(tokenizer.get("tokenizer_class"), str) or not isinstance(model.get("model_type"), str):
         return None
     config = PreTrainedConfig(name_or_path=str(folder), tokenizer_class=model.get("tokenizer_class"))

@@ -22,15 +22,6 @@ from edgellm_sdk.kit import blocks
 from edgellm_sdk.models import resolve
 from edgellm_sdk.types import ModelHandle
 
-TEXT = "a small model learns on a small device from private messages, and classifies every one of them. "
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "calibration.txt"
-    path.write_text("".join(f"{TEXT}{number} pounds. " for number in range(80)))
-    return path
-
 
 def folded(model: Path, folder: Path, text: Path, **given: Any) -> ModelHandle:
     options = {"calibration_samples": 4, "calibration_length": 32, "calibration_text": str(text), "steps": 5, **given}

@@ -302,13 +302,6 @@ def test_options_that_cannot_be_stored_are_refused() -> None:
 TEXT = "a small model learns on a small device from private messages, and classifies every one of them. "
 
 
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    path = tmp_path / "calibration.txt"
-    path.write_text("".join(f"{TEXT}{number} pounds. " for number in range(80)))
-    return path
-
-
 def compressed(model: Path, folder: Path, text: Path, **options: Any) -> ModelHandle:
     ctx = Context(folder, seed=1)
     config = build(
@@ -483,9 +476,9 @@ def test_calibration_text_and_data(tiny_llama: Path, text: Path, tmp_path: Path)
         layerwise.calibration(tokenizer, Dataset(data.examples[:2], "g"), "", 5, 4096, ctx)
     with pytest.raises(DataError, match="cannot be read"):
         layerwise.calibration(tokenizer, None, str(tmp_path / "nothing"), 5, 16, ctx)
-    text.write_bytes(b"abc\xff")
+    (tmp_path / "broken.txt").write_bytes(b"abc\xff")
     with pytest.raises(DataError, match="byte 3"):
-        layerwise.calibration(tokenizer, None, str(text), 5, 16, ctx)
+        layerwise.calibration(tokenizer, None, str(tmp_path / "broken.txt"), 5, 16, ctx)
 
 
 def test_bfloat16_forwards_give_nearly_the_same_layers(tiny_llama: Path, text: Path, tmp_path: Path) -> None:

@@ -377,15 +377,6 @@ def test_a_layer_that_a_pattern_does_not_divide_is_refused() -> None:
 
 # Whole models
 
-TEXT = "a small model learns on a small device from private messages, and classifies every one of them. "
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    path = tmp_path / "calibration.txt"
-    path.write_text("".join(f"{TEXT}{number} pounds. " for number in range(80)))
-    return path
-
 
 def pruned(name: str, model: ModelHandle, folder: Path, text: Path, **options: Any) -> tuple[ModelHandle, Context]:
     module = METHODS[name]
