@@ -46,6 +46,31 @@ def test_decode_gives_back_exactly_what_was_quantised(bits: int, version: int) -
             assert decoded[o, i] == np.float32(scales[g, o]) * np.float32(int(codes[i, o]) - int(zeros[g, o]))
 
 
+def read_by_hand(words: np.ndarray, bits: int, count: int) -> list[int]:
+    """`count` codes of a column of words, by the format's description: a stream of bits, lowest first."""
+    stream = sum((int(word) & 0xFFFFFFFF) << 32 * place for place, word in enumerate(words))
+    return [stream >> bits * place & (1 << bits) - 1 for place in range(count)]
+
+
+@pytest.mark.parametrize("bits", gf.BITS)
+@pytest.mark.parametrize("version", [1, 2])
+def test_another_reader_gets_the_same_weights(bits: int, version: int) -> None:
+    rng = np.random.default_rng(7 * bits + version)
+    inputs, outputs, groups = 64, 32, 3
+    codes = rng.integers(0, 1 << bits, (inputs, outputs)).astype(np.uint8)
+    zeros = rng.integers(1, 1 << bits, (groups, outputs)).astype(np.uint8)
+    scales = rng.standard_normal((groups, outputs)).astype(np.float16)
+    g_idx = (np.arange(inputs) * groups // inputs).astype(np.int32)
+    qweight, qzeros = gf.pack_codes(codes, bits), gf.pack_zeros(zeros, bits, version)
+    expected = np.empty((outputs, inputs), np.float32)
+    offsets = [read_by_hand(qzeros[g], bits, outputs) for g in range(groups)]
+    for o in range(outputs):
+        for i, code in enumerate(read_by_hand(qweight[:, o], bits, inputs)):
+            zero = offsets[g_idx[i]][o] + (1 if version == 1 else 0)
+            expected[o, i] = np.float32(scales[g_idx[i], o]) * np.float32(code - zero)
+    np.testing.assert_array_equal(gf.decode(qweight, qzeros, scales, g_idx, bits, version), expected)
+
+
 def test_the_same_weights_are_two_different_files_and_a_wrong_label_is_noticed() -> None:
     zeros = np.full((2, 32), 8, np.uint8)
     one, two = gf.pack_zeros(zeros, 4, 1), gf.pack_zeros(zeros, 4, 2)
