@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 RESULT = Path(__file__).parent / "results" / "gptq_peer.json"
-GROUP, TEXT = 128, "wiki.txt"
+GROUP, TEXT = 128, "calibration.txt"
 OURS: dict[str, dict[str, Any]] = {"ours": {}, "ours without passes": {"passes": 0}}
 PEER = "llm-compressor"
 
@@ -103,7 +103,7 @@ class Bench:
         import numpy as np
         import torch
         from edgellm_plugins.compression import layerwise
-        from gptq_perplexity import CHUNK, fine_tune, texts, token_windows
+        from gptq_perplexity import CHUNK, STEPS, fine_tune, texts, token_windows
 
         from edgellm_sdk.context import Context
         from edgellm_sdk.models import resolve
@@ -115,10 +115,10 @@ class Bench:
         if not self.folder.is_dir():
             fresh = given.work / "tuning"
             shutil.rmtree(fresh, ignore_errors=True)
-            fine_tune(resolve("smollm2-135m"), found["train"], given.steps, fresh, ctx)
+            fine_tune(resolve("smollm2-135m"), found["train"], STEPS, fresh, ctx)
             fresh.replace(self.folder)
         text = given.work / TEXT
-        text.write_text(found["wiki"])
+        text.write_text(found["train"])
         self.tuned = resolve(str(self.folder))
         tokenizer = self.tuned.load().tokenizer
         self.windows = given.work / "windows.npy"
@@ -166,8 +166,7 @@ def main() -> int:
     parser.add_argument("--child", nargs=5, help=argparse.SUPPRESS)
     parser.add_argument("--peer", default=sys.executable, help="a Python that has llmcompressor")
     parser.add_argument("--work", type=Path, default=Path("runs/gptq_peer"))
-    parser.add_argument("--steps", type=int, default=40, help="fine-tuning steps")
-    parser.add_argument("--samples", type=int, default=16, help="calibration windows of 512 tokens")
+    parser.add_argument("--samples", type=int, default=32, help="calibration windows of 512 tokens")
     parser.add_argument("--chunks", type=int, default=32, help="chunks of 512 tokens to score, of each text")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
@@ -198,7 +197,7 @@ def main() -> int:
         [given.peer, "-c", "from importlib.metadata import version; print(version('llmcompressor'))"],
         capture_output=True, text=True, check=True,
     ).stdout.strip()  # fmt: skip
-    settings = {key: getattr(given, key) for key in ("steps", "samples", "chunks", "turns", "threads")}
+    settings = {key: getattr(given, key) for key in ("samples", "chunks", "turns", "threads")}
     result = {
         "command": "python cookbook/benchmarks/gptq_peer.py", "environment": environment(), "settings": settings,
         "peer": f"llmcompressor {version}", "group": GROUP, "figures": figures, "checks": checks,

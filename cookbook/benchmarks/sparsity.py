@@ -2,9 +2,9 @@
 
     python cookbook/benchmarks/sparsity.py --work runs/sparsity
 
-The model and the texts are those of `gptq_perplexity.py`: SmolLM2-135M after 40 steps on presidential addresses (the
-shipped weights lie on a 4-bit grid), calibration on Wikipedia text, perplexity on addresses that were not trained on
-and on web text, as llama.cpp measures it. Layer errors are relative output errors of all three methods on the same
+The model and the texts are those of `gptq_perplexity.py`: SmolLM2-135M after a fine-tune on presidential addresses (the
+shipped weights lie on a 4-bit grid), calibration on the same addresses, perplexity on others that were held out, and on
+web text, as llama.cpp measures it. Layer errors are relative output errors of all three methods on the same
 inputs, those that SparseGPT's own pruned layers put out. `--rows` does some of the rows, separated by `|`; each is
 written to --work as it finishes and is not done again.
 """
@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from archives import WHEELS
-from gptq_perplexity import CHUNK, environment, fine_tune, round_to_nearest, score, texts, token_windows
+from gptq_perplexity import CHUNK, STEPS, environment, fine_tune, round_to_nearest, score, texts, token_windows
 
 from edgellm_sdk import config, registry, store
 from edgellm_sdk.context import Context
@@ -64,8 +64,8 @@ class Prepared:
             fine_tune(self.base, found["train"], asked.steps, fresh, ctx)
             fresh.replace(folder)
         self.tuned = resolve(str(folder))
-        self.calibration = asked.work / "wiki.txt"
-        self.calibration.write_text(found["wiki"])
+        self.calibration = asked.work / "calibration.txt"
+        self.calibration.write_text(found["train"])
         tokenizer = self.tuned.load().tokenizer
         self.chunks = {
             name: token_windows(tokenizer, found[name], CHUNK, asked.chunks, ctx, name) for name in ("addresses", "web")
@@ -151,9 +151,9 @@ def main() -> int:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "sparsity.json")
     parser.add_argument("--rows", default="|".join(ROWS), help="separated by |")
-    parser.add_argument("--steps", type=int, default=40, help="fine-tuning steps")
+    parser.add_argument("--steps", type=int, default=STEPS, help="fine-tuning steps")
     parser.add_argument("--chunks", type=int, default=32, help="chunks of 512 tokens to score, of each text")
-    parser.add_argument("--samples", type=int, default=16, help="calibration windows of 512 tokens")
+    parser.add_argument("--samples", type=int, default=32, help="calibration windows of 512 tokens")
     parser.add_argument("--threads", type=int, default=2)
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)

@@ -385,6 +385,38 @@ class Recorder:
         return arrays[name]
 
 
+@pytest.mark.parametrize("memory", [None, 1])
+def test_tokens_of_huge_norm_count_like_all_others(memory: int | None, tiny_llama: Path, tmp_path: Path) -> None:
+    """With `equal_tokens` H is that of inputs scaled to a mean square of 1: its trace counts tokens, and an embedding
+    made a thousand times as large for one of them leaves that so."""
+    windows = torch.randint(1, 384, (4, 24), generator=torch.Generator().manual_seed(0))
+    windows[1, 5] = 0
+    model, recorder = resolve(str(tiny_llama)).load().model, Recorder(1.0)
+    model.model.embed_tokens.weight.data[0] *= 1000
+    ctx = Context(tmp_path, memory=memory)
+    layerwise.walk(model, windows, recorder, ctx, title="t", key="k", equal_tokens=True)
+    for name, hessian in recorder.hessians.items():
+        assert float(hessian.trace()) == pytest.approx(2 * 24 * len(hessian), rel=1e-4), name
+    seen: list[Tensor] = []
+    down = model.get_submodule("model.layers.1.mlp.down_proj")
+    handle = down.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    with torch.no_grad():
+        model(windows)
+    handle.remove()
+    x = seen.pop().reshape(-1, down.in_features).double()
+    x = x / x.square().mean(1, keepdim=True).sqrt()
+    torch.testing.assert_close(recorder.hessians["model.layers.1.mlp.down_proj"].double(), 2 / 4 * x.t() @ x,
+                               rtol=1e-3, atol=1e-4)  # fmt: skip
+
+
+def test_an_input_of_zeros_stays_one() -> None:
+    zeros, ones = torch.zeros(1, 3, 4), torch.ones(1, 1, 4)
+    block = layerwise._Block(0, "", torch.nn.Identity(), {}, [("x",)], Recorder(), None, 1, equal_tokens=True)
+    block._accumulate(torch.cat([zeros, 1e-3 * ones], 1))
+    assert block.hessian is not None
+    torch.testing.assert_close(block.hessian, torch.full((4, 4), 2.0))
+
+
 @pytest.mark.parametrize("sequential", [True, False])
 @pytest.mark.parametrize("memory", [None, 1])
 def test_each_group_sees_what_its_compressed_predecessors_put_out(

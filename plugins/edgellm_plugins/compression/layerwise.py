@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 PROBE_TOKENS = 8  # enough to see which linears share an input
 DEFAULT_MEMORY = 1 << 30  # bytes of activations kept in flight when the user set no budget
 MAX_TEXT = 64 << 20
+TINY = 1e-30  # mean square of an input that is nothing but zeros
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,8 @@ class Group:
     """Linears of one block that read the same input.
 
     `names` are module names in the model, `weights` their (out, in) float32 values before compression, `hessian` the
-    (in, in) float32 mean over samples of 2 x x^T summed over tokens, from `tokens` calibration tokens.
+    (in, in) float32 mean over samples of 2 x x^T summed over tokens, from `tokens` calibration tokens; with
+    `equal_tokens` every x is scaled to a mean square of 1 first.
     """
 
     block: int
@@ -174,6 +176,7 @@ class _Block:
     method: Method
     restoring: Restoring | None
     batches: int
+    equal_tokens: bool
     current: int = 0
     batch: int = 0
     seen: set[int] = field(default_factory=set)
@@ -197,6 +200,8 @@ class _Block:
     def _accumulate(self, x: Tensor) -> None:
         """Running mean over samples, in float32: H <- H n / (n + b) + 2 / (n + b) x x^T, b samples at once."""
         flat = x.reshape(-1, x.shape[-1]).float()
+        if self.equal_tokens:
+            flat = flat * flat.square().mean(1, keepdim=True).clamp(min=TINY).rsqrt()
         if self.hessian is None:
             self.hessian = flat.new_zeros(flat.shape[1], flat.shape[1])
         total = self.samples + x.shape[0]
@@ -276,14 +281,15 @@ def walk(
     key: str,
     dtype: torch.dtype = torch.float32,
     sequential: bool = True,
+    equal_tokens: bool = False,
 ) -> tuple[dict[str, Array], list[dict[str, Any]]]:
     """Every linear of every block through `method`; returns the arrays to store and the records, in model order.
 
     `model` in float32 is not changed; `windows` (n, tokens) int64 are full, without padding; `dtype` is that of the
     forwards. With `sequential` false, or a method that is not `Restoring`, every layer is calibrated on the original
-    model's activations. After each block its arrays go to the checkpoint `title-NUMBER`; a rerun with the same `key`
-    continues behind the last whole one and ends in the same bytes. ModelError for a model without blocks or with
-    activations that are not finite.
+    model's activations; for `equal_tokens` see `Group`. After each block its arrays go to the checkpoint
+    `title-NUMBER`; a rerun with the same `key` continues behind the last whole one and ends in the same bytes.
+    ModelError for a model without blocks or with activations that are not finite.
     """
     body, layers = decoder(model)
     prefix = next(name for name, module in model.named_modules() if module is layers)
@@ -299,6 +305,7 @@ def walk(
                     number=number, prefix=f"{prefix}.{number}.", module=copy.deepcopy(layer).to(dtype),
                     sources={name: _weight(layer, name) for names in plan[number] for name in names},
                     groups=plan[number], method=method, batches=len(batches),
+                    equal_tokens=equal_tokens,
                     restoring=method if sequential and isinstance(method, Restoring) else None,
                 )  # fmt: skip
                 if number < done:

@@ -37,7 +37,7 @@ class Config:
     calibration_samples: int = opt(16, "windows of text that gptq calibrates on", ge=1, le=4096)
     calibration_length: int = opt(512, "length of such a window", unit="tokens", ge=16, le=32768)
     calibration_text: str = opt("", "text file for both; empty: the data of the run")
-    damping: float = opt(0.01, "gptq's: 0.1 for text unlike what will be read", ge=0, le=1)
+    damping: float = opt(0.01, "gptq's", ge=0, le=1)
     passes: int = opt(4, "passes over the codes behind gptq's sweep", ge=0, le=100)
     dtype: str = opt("float32", "precision of gptq's calibration forwards", choices=("float32", "bfloat16"))
 

@@ -34,10 +34,10 @@ class Config:
     calibration_length: int = opt(512, "length of a window", unit="tokens", ge=16, le=32768)
     calibration_text: str = opt("", "text file to calibrate on; empty: the data of the run")
     sequential: bool = opt(True, "calibrate each layer on what the quantised layers before it put out")
-    damping: float = opt(
-        0.01, "added to the Hessian's diagonal, as a fraction of its mean; 0.1 for text unlike what will be read",
-        ge=0, le=1,
-    )  # fmt: skip
+    equal_tokens: bool = opt(
+        True, "every token's input counts alike; off: the paper, where a few of huge norm outweigh all others"
+    )
+    damping: float = opt(0.01, "added to the Hessian's diagonal, as a fraction of its mean", ge=0, le=1)
     block: int = opt(128, "columns between two updates of the rest of the matrix", ge=1, le=4096)
     search: bool = opt(True, "intN: search each group's clipping range; off: the paper's min-max")
     refit: bool = opt(True, "refit a row's scales jointly once its codes are fixed")
@@ -66,7 +66,7 @@ class Config:
 PLUGIN = Plugin(
     name="gptq",
     summary="quantise layer by layer, compensating each rounding error in the weights not yet rounded",
-    version="0.2.0",
+    version="0.3.0",
     config=Config,
     paper="GPTQ/OPTQ, arXiv 2210.17323",
     aliases=("optq",),
