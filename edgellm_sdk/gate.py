@@ -223,7 +223,7 @@ def divergence(reference: Float32, candidate: Float32) -> tuple[Array, Array, Ar
     from edgellm_sdk.kit.scoring import log_softmax
 
     kl, agree, gap = [], [], []
-    for start in range(0, len(reference), ROWS_AT_ONCE):
+    for start in range(0, max(len(reference), 1), ROWS_AT_ONCE):
         p = log_softmax(reference[start : start + ROWS_AT_ONCE])
         q = log_softmax(candidate[start : start + ROWS_AT_ONCE])
         kl.append((np.exp(p) * (p - q)).sum(axis=1))
@@ -233,14 +233,21 @@ def divergence(reference: Float32, candidate: Float32) -> tuple[Array, Array, Ar
     return np.concatenate(kl), np.concatenate(agree), np.concatenate(gap)
 
 
+def _alike(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens both begin with."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
 class _Behaviour:
-    """Collects what both sessions do on one prompt after the other."""
+    """Collects what both sessions do on one prompt after the other. Prompts may begin alike, with a template or a
+    system message: what follows the same tokens counts once, or a single position could be one in a hundred."""
 
     def __init__(self, reference: Session, candidate: Session, tolerance: Tolerance) -> None:
         self._reference, self._candidate, self._tolerance = reference, candidate, tolerance
         self._kl: list[Array] = []
         self._agree: list[Array] = []
         self._gap: list[Array] = []
+        self._read: list[list[int]] = []
         self._greedy: list[str] = []
         self._stops: list[str] = []
         self._generations = self._equal = self._ended = 0
@@ -252,7 +259,9 @@ class _Behaviour:
         have = self._candidate.generate(ids, max_tokens)
         sequence = [*ids, *want.tokens]
         ours, theirs = (s.logits([sequence], [0])[0] for s in (self._reference, self._candidate))
-        kl, agree, gap = divergence(ours, theirs)
+        known = max((_alike(sequence, other) for other in self._read), default=0)
+        self._read.append(sequence)
+        kl, agree, gap = divergence(ours[known:], theirs[known:])
         self._kl.append(kl)
         self._agree.append(agree)
         self._gap.append(gap)

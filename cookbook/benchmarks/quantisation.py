@@ -115,14 +115,15 @@ class Bench:
                 model = self.model
                 if name.startswith("awq"):
                     model = awq(self.model, None, build(Awq, options, "awq"), self.context("awq alone"))
-                options |= {"format": kind} | VARIANTS.get(name.rpartition(" ")[0], {})
+                options |= {"format": kind, "equal_tokens": True} | VARIANTS.get(name.rpartition(" ")[0], {})
                 small = gptq(model, None, build(Gptq, options, "gptq"), ctx)
             else:
                 kept = self.work / "auto-bits.safetensors"  # what was measured serves all sizes
                 if kept.is_file():
                     (ctx.folder / "checkpoint").mkdir(exist_ok=True)
                     (ctx.folder / "checkpoint" / "auto-bits.safetensors").write_bytes(kept.read_bytes())
-                options |= {"formats": CANDIDATES, "max_size": str(self.file(f"stock {kind}", rows).stat().st_size)}
+                limit = self.file(f"stock {kind}", rows).stat().st_size
+                options |= {"formats": CANDIDATES, "equal_tokens": True, "max_size": str(limit)}
                 small = auto_bits(self.model, None, build(AutoBits, options, "auto-bits"), ctx)
             export(small, target, GGUF(modelfile=False), ctx)
         for note in ctx.notes:

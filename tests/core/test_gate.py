@@ -93,6 +93,19 @@ def test_equal_sessions_pass() -> None:
     assert json.loads(json.dumps(result.as_dict(), allow_nan=False))["passed"]
 
 
+def test_what_follows_the_same_tokens_counts_once() -> None:
+    """One position that all prompts share is one of many, however many prompts there are."""
+    reference = Toy(table())
+
+    def positions(*prompts: str) -> int:
+        return gate.check(reference, reference, prompts, gate.FLOAT32, {}, {}).positions
+
+    alone, other = positions("system: one"), positions("system: another one")
+    assert positions("system: one", "system: another one") == alone + other - len("system: ")
+    assert positions("system: one", "system: one") == alone
+    assert positions("system: one", "xsystem: one") == alone + positions("xsystem: one")
+
+
 def test_logits_that_drift() -> None:
     noisy = table() + np.random.default_rng(1).standard_normal((64, 64)) * 0.1
     result = compare(Toy(table()), Toy(noisy))

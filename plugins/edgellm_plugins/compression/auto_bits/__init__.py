@@ -38,6 +38,7 @@ class Config:
     calibration_length: int = opt(512, "length of such a window", unit="tokens", ge=16, le=32768)
     calibration_text: str = opt("", "text file for both; empty: the data of the run")
     damping: float = opt(0.01, "gptq's", ge=0, le=1)
+    equal_tokens: bool = opt(False, "gptq's: every token of the calibration text counts alike")
     passes: int = opt(4, "passes over the codes behind gptq's sweep", ge=0, le=100)
     dtype: str = opt("float32", "precision of gptq's calibration forwards", choices=("float32", "bfloat16"))
 

@@ -185,6 +185,7 @@ def compress(model: ModelHandle, data: Dataset | None, config: Config, ctx: Cont
     settings = Gptq(
         format="q8_0", damping=config.damping, passes=config.passes, calibration_samples=config.calibration_samples,
         calibration_length=config.calibration_length, calibration_text=config.calibration_text, dtype=config.dtype,
+        equal_tokens=config.equal_tokens,
     )  # fmt: skip
     handle = quantise(model, data, settings, ctx, formats)
     (ctx.folder / "checkpoint" / f"{CHECKPOINT}.safetensors").unlink(missing_ok=True)
