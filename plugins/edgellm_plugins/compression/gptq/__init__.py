@@ -34,9 +34,7 @@ class Config:
     calibration_length: int = opt(512, "length of a window", unit="tokens", ge=16, le=32768)
     calibration_text: str = opt("", "text file to calibrate on; empty: the data of the run")
     sequential: bool = opt(True, "calibrate each layer on what the quantised layers before it put out")
-    equal_tokens: bool = opt(
-        False, "every token's input counts alike; off: the paper, where a few of huge norm outweigh all others"
-    )
+    equal_tokens: bool = opt(False, "scale every token's input to one norm, so that all count alike; off: the paper")
     damping: float = opt(0.01, "added to the Hessian's diagonal, as a fraction of its mean", ge=0, le=1)
     block: int = opt(128, "columns between two updates of the rest of the matrix", ge=1, le=4096)
     search: bool = opt(True, "intN: search each group's clipping range; off: the paper's min-max")

@@ -12,9 +12,9 @@ Where we differ from the paper and its code, and why:
   a block old when groups are smaller than B.
 * Scales are chosen in the precision they are stored in, before any column is rounded, by a search weighted with
   omega_j = 1 / U_jj^2, the price of an error in column j. (The paper: min and max.)
-* With `equal_tokens` inputs are scaled to one norm before they enter H. A few tokens carry activations of huge norm (in
-  block 11 of SmolLM2 one has 370 000 times the median's energy); H is theirs otherwise, and compensation spends what
-  all other tokens need on outputs that the next norm scales away.
+* With `equal_tokens` inputs are scaled to one norm before they enter H: tokens count by their relative error. They
+  differ widely (in block 11 of SmolLM2 one has 370 000 times the median's energy), but a cap on the largest is not
+  enough: it left the model's divergence where it was.
 * With the codes fixed, all scales of a row are refitted at once against H; then each code is set anew given all others,
   and so on for some passes (`refit.py`). Linears of one input and one format share one sweep.
 """
